@@ -1,0 +1,1 @@
+"""The nouns of the compiler (programs, problems, plans) and what prints them."""

@@ -1,0 +1,1 @@
+"""From a placed Program to readable stage modules."""

@@ -1,0 +1,1 @@
+"""From a PlacementProblem to a Placement, with its proof."""

@@ -1,0 +1,1 @@
+"""Pure functions from Program to Program; PIPELINE is their order."""
