@@ -1,58 +1,237 @@
+"""A GPT in plain PyTorch, from a toy to GPT-3, trained on the source code of Python itself.
+
+Nothing here knows of p2bw: it is the kind of file that you would write anyway, with a few
+module-level functions under agreed names.
+
+    p2bw compile examples/gpt.py --gpus 8                     # 2.2B parameters into 8 stages
+    p2bw compile examples/gpt.py:small --gpus 2 --out build/small
+    p2bw run build/small --steps 300                          # trains it, on CPUs if need be
+    p2bw compile examples/gpt.py --set layers=24 --gpus 8     # any factory's argument
+"""
+
+import math
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Shapes in the comments: B samples, T tokens, C channels (width), H heads, V vocabulary.
+
+
+@dataclass(frozen=True)
+class Config:
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocab: int
+    dropout: float
+
+
+class Attention(nn.Module):
+    """Causal self-attention: every token looks at itself and at those before it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, C) each
+        q = q.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # (B, H, T, C/H)
+        k = k.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+        v = v.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.drop(self.proj(y))
+
+
+class MLP(nn.Module):
+    """Each token by itself: four times as wide, a bend, and back."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.width, 4 * config.width)
+        self.proj = nn.Linear(4 * config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.heads = heads
-        self.ln_1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width)
-        self.fc = nn.Linear(width, 4 * width)
-        self.out = nn.Linear(4 * width, width)
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
 
-    def forward(self, x):
-        b, t, c = x.shape
-        q, k, v = self.qkv(self.ln_1(x)).chunk(3, dim=-1)
-        q, k, v = (y.view(b, t, self.heads, c // self.heads).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1 * self.training)
-        x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.out(F.gelu(self.fc(self.ln_2(x))))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    def __init__(self, layers, width, heads, vocab=256, context=64):
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.wte = nn.Embedding(vocab, width)
-        self.wpe = nn.Embedding(context, width)
-        self.drop = nn.Dropout(0.1)
-        self.h = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.ln_f = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocab, bias=False)
-        self.head.weight = self.wte.weight
+        self.wte = nn.Embedding(config.vocab, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        self.head.weight = self.wte.weight  # one matrix reads tokens and predicts them
+        for name, parameter in self.named_parameters():
+            if name.endswith("proj.weight"):  # 2 * layers of them add up along the residual path
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x)
-        return self.head(self.ln_f(x))
+        return self.head(self.ln_f(x))  # (B, T, V)
 
 
-def model(layers=4, width=64, heads=4):
-    return GPT(layers, width, heads)
+# Factories. `inputs`, `targets` and `data` are not told which one built the model, so it leaves
+# its configuration here; a factory always runs before them.
+config: Config
 
 
-def inputs(batch_size):
-    return (torch.randint(0, 256, (batch_size, 64)),)
+def model(
+    layers: int = 32,
+    width: int = 2304,
+    heads: int = 32,
+    context: int = 512,
+    vocab: int = 50304,
+    dropout: float = 0.1,
+) -> GPT:
+    """2.2B parameters: the GPT of the PipeDream-2BW paper (arXiv:2006.09503)."""
+    global config
+    config = Config(layers, width, heads, context, vocab, dropout)
+    return GPT(config)
 
 
-def targets(batch_size):
-    return (torch.randint(0, 256, (batch_size, 64)),)
+def tiny(
+    layers: int = 4,
+    width: int = 64,
+    heads: int = 4,
+    context: int = 64,
+    vocab: int = 256,
+    dropout: float = 0.1,
+) -> GPT:
+    """0.2M parameters, for tests."""
+    return model(layers, width, heads, context, vocab, dropout)
 
 
-def loss(logits, labels):
+def small(
+    layers: int = 4,
+    width: int = 256,
+    heads: int = 8,
+    context: int = 128,
+    vocab: int = 256,
+    dropout: float = 0.1,
+) -> GPT:
+    """3.3M parameters: learns to write something like Python within minutes on two CPU cores."""
+    return model(layers, width, heads, context, vocab, dropout)
+
+
+def gpt2_medium(
+    layers: int = 24,
+    width: int = 1024,
+    heads: int = 16,
+    context: int = 1024,
+    vocab: int = 50304,
+    dropout: float = 0.1,
+) -> GPT:
+    """355M parameters."""
+    return model(layers, width, heads, context, vocab, dropout)
+
+
+def gpt2_xl(
+    layers: int = 48,
+    width: int = 1600,
+    heads: int = 25,
+    context: int = 1024,
+    vocab: int = 50304,
+    dropout: float = 0.1,
+) -> GPT:
+    """1.6B parameters."""
+    return model(layers, width, heads, context, vocab, dropout)
+
+
+def gpt3_175b(
+    layers: int = 96,
+    width: int = 12288,
+    heads: int = 96,
+    context: int = 2048,
+    vocab: int = 50304,
+    dropout: float = 0.0,
+) -> GPT:
+    """175B parameters."""
+    return model(layers, width, heads, context, vocab, dropout)
+
+
+def inputs(batch_size: int) -> tuple[Tensor, ...]:
+    return (torch.randint(config.vocab, (batch_size, config.context)),)
+
+
+def targets(batch_size: int) -> tuple[Tensor, ...]:
+    return (torch.randint(config.vocab, (batch_size, config.context)),)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def data(batch_size: int, seed: int) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Random windows of the standard library's source files, byte by byte, each byte a token."""
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = b"".join(source.read_bytes() for source in sources)
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    window = torch.arange(config.context)
+    while True:
+        starts = torch.randint(
+            len(tokens) - config.context, (batch_size, 1), generator=generator
+        )  # (B, 1)
+        yield (
+            (tokens[starts + window].long(),),  # (B, T)
+            (tokens[starts + window + 1].long(),),  # the token after each
+        )
+
+
+def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, and leaves biases and norms alone."""
+    matrices = [p for p in params if p.dim() >= 2]
+    others = [p for p in params if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+    )
+
+
+def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A linear warm-up over 50 updates, then a cosine down to a tenth at update 2,000."""
+
+    def factor(update: int) -> float:
+        if update < 50:
+            return (update + 1) / 50
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (update - 50) / 1950))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
