@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p2bw.runtime.errors import InputFileError
 
-SCHEMA = 1
-
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(ge=0)]
 Schedule = Literal["2bw", "flush", "gpipe", "stash"]
@@ -120,7 +118,7 @@ class Optimality(Data):
 class Plan(Data):
     """A placement with its numbers, proof and provenance; byte-identical for the same input."""
 
-    schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     p2bw_version: str
     torch_version: str
     model: ModelSource

@@ -1,1 +1,1 @@
-"""The PipeDream-2BW runtime: one process per (stage, replica). Needs torch and safetensors alone."""
+"""The PipeDream-2BW runtime: one process per (stage, replica); torch and safetensors alone."""

@@ -1,0 +1,287 @@
+"""The command line: parse, call, print, exit code. Heavy imports wait until a command runs."""
+
+import json
+import tomllib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from p2bw import __version__
+
+app = typer.Typer(
+    name="p2bw",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compile a PyTorch model into a placed pipeline, and train it under PipeDream-2BW.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact of compile.")]
+ModelPath = Annotated[
+    Path | None, typer.Option("--model", help="The model file, if it has moved.", metavar="FILE")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"p2bw {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    context.default_map = _defaults(Path("p2bw.toml"))
+
+
+def _defaults(path: Path) -> dict[str, dict[str, Any]]:
+    """Options from p2bw.toml: one table for each command, its keys the long options."""
+    if not path.is_file():
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        _fail(f"{path} is not valid TOML: {error}", 6)
+    group = typer.main.get_command(app)
+    commands = getattr(group, "commands", {})
+    defaults: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        if name not in commands or not isinstance(table, dict):
+            _fail(f"{path}: {name!r} is no table of a command ({', '.join(commands)})", 6)
+        options = {
+            option.removeprefix("--"): parameter.name
+            for parameter in commands[name].params
+            for option in parameter.opts
+        }
+        unknown = [key for key in table if key not in options]
+        if unknown:
+            _fail(f"{path}: [{name}] has no option {unknown[0]!r}", 6)
+        defaults[name] = {options[key]: value for key, value in table.items()}
+    return defaults
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"p2bw: {message}", err=True)
+    raise SystemExit(code)
+
+
+@contextmanager
+def _reporting(debug: bool) -> Iterator[None]:
+    """One clear message and the right exit code, whatever goes wrong."""
+    from p2bw.runtime.errors import P2BWError
+
+    try:
+        yield
+    except P2BWError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("out of memory", 8)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(
+            f"this is a bug of p2bw: {type(error).__name__}: {error}\n"
+            "Run the command again with --debug and report what it prints.",
+            1,
+        )
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL[:FACTORY]", help="The model file.")],
+    gpus: Annotated[int | None, typer.Option(help="How many devices to plan for.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the artifact.  [build/MODEL]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Kind of device: a100-80, h100 ...")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of each device, if not the preset's: 12GiB.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="p3.16xlarge[:nodes], dgx-a100 ... or a TOML file.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="2bw or flush.")] = "2bw",
+    depth: Annotated[int | None, typer.Option(help="Stages.  [searched]")] = None,
+    width: Annotated[int | None, typer.Option(help="Replicas of the pipeline.  [searched]")] = None,
+    microbatch: Annotated[
+        int | None, typer.Option(help="Samples in one microbatch.  [searched]")
+    ] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Microbatches per weight update.  [depth]")
+    ] = None,
+    recompute: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
+    ] = None,
+    dump_passes: Annotated[
+        Path | None, typer.Option(help="Write the program after each pass to this folder.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Trace MODEL, place it on the devices and write readable stage code."""
+    with _reporting(debug):
+        from p2bw.compiler.driver import compile_model
+        from p2bw.progress import progress
+        from p2bw.runtime.modelfile import parse_settings
+        from p2bw.tables import print_plan, print_seconds
+
+        path, _, factory = model.partition(":")
+        with progress(quiet) as say:
+            compiled = compile_model(
+                path,
+                factory=factory or "model",
+                settings=parse_settings(settings or []),
+                gpus=gpus,
+                out=out,
+                device=device,
+                memory=memory,
+                cluster=cluster,
+                schedule=schedule,
+                depth=depth,
+                width=width,
+                microbatch=microbatch,
+                microbatches=microbatches,
+                recompute=recompute,
+                dump_passes=dump_passes,
+                progress=say,
+            )
+        if as_json:
+            plan = compiled.plan.model_dump(mode="json", by_alias=True)
+            extra = {"artifact": str(compiled.artifact), "seconds": dict(compiled.seconds)}
+            _print_json({**plan, **extra})
+        elif not quiet:
+            print_plan(compiled.plan, str(compiled.artifact))
+            print_seconds(compiled.seconds)
+
+
+@app.command("verify")
+def verify_command(
+    artifact: Artifact,
+    model: ModelPath = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run all stages in one process against the original model: loss and every gradient."""
+    with _reporting(debug):
+        from p2bw.compiler.verify import verify
+        from p2bw.progress import progress
+        from p2bw.tables import print_verification
+
+        with progress(quiet) as say:
+            say("running the original model and the stages")
+            result = verify(artifact, model=model)
+        if as_json:
+            _print_json(result.to_json())
+        elif not quiet:
+            print_verification(result)
+        if not result.ok:
+            _fail(f"{artifact} does not compute what the model computes", 7)
+
+
+@app.command("run")
+def run_command(
+    artifact: Artifact,
+    steps: Annotated[int, typer.Option(help="Weight updates.")],
+    seed: Annotated[int, typer.Option(help="Of the weights, the data and dropout.")] = 0,
+    schedule: Annotated[str | None, typer.Option(help="2bw or flush.  [the plan's]")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Microbatches per weight update.  [the plan's]")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the trained weights to this folder.", metavar="DIR")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.  [cuda where there are enough GPUs]")
+    ] = None,
+    model: ModelPath = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train an artifact on this machine, one process per device (prints its torchrun line)."""
+    with _reporting(debug):
+        from p2bw.runtime.launch import run
+        from p2bw.tables import print_run
+
+        result = run(
+            artifact,
+            steps=steps,
+            seed=seed,
+            schedule=schedule,
+            microbatches=microbatches,
+            save=save,
+            device=device,
+            model=model,
+            quiet=quiet,
+        )
+        if as_json:
+            _print_json(result)
+        elif not quiet:
+            print_run(result)
+
+
+@app.command("show")
+def show_command(
+    artifact: Artifact,
+    stage: Annotated[
+        int | None, typer.Option(help="Print the code of this stage.", metavar="K")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print the plan of an artifact, or the code of one stage."""
+    with _reporting(debug):
+        from p2bw.compiler.plan import read_plan
+        from p2bw.runtime.errors import UsageError
+        from p2bw.tables import print_plan
+
+        plan = read_plan(artifact)
+        if stage is not None:
+            if not 0 <= stage < plan.depth:
+                raise UsageError(f"{artifact} has stages 0 to {plan.depth - 1}, not {stage}")
+            code = (artifact / "stages" / f"stage_{stage}.py").read_text(encoding="utf-8")
+            if as_json:
+                _print_json({"stage": stage, "code": code})
+            else:
+                typer.echo(code, nl=False)
+        elif as_json:
+            _print_json(plan.model_dump(mode="json", by_alias=True))
+        elif not quiet:
+            print_plan(plan, str(artifact))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What the commands print on stdout when a person reads it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from p2bw.compiler import units
+
+if TYPE_CHECKING:
+    from p2bw.compiler.plan import Plan, Stage
+    from p2bw.compiler.verify import Verification
+
+_PIPED_WIDTH = 168  # a file or a pager has no width of its own
+
+
+def console() -> Console:
+    """stdout; as wide as the terminal, or wide enough for the plan where there is none."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
+    return Console(width=width, highlight=False, soft_wrap=False)
+
+
+def print_plan(plan: Plan, artifact: str) -> None:
+    out = console()
+    out.print(_title(plan))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ("stage", "ranks", "layers", "params", "fwd", "bwd", "weights", "grads", "optim",
+               "stash", "other", "total", "limit", "in", "out")  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("layers", "ranks") else "right")
+    for stage in plan.stages:
+        table.add_row(*map(escape, _row(stage)))
+    out.print(table)
+    for line in _summary(plan):
+        out.print(escape(line))
+    out.print(escape(f"artifact    {artifact}"))
+
+
+def _title(plan: Plan) -> str:
+    model, m = plan.model, plan.microbatches_per_update
+    batch = plan.microbatch * m * plan.width
+    return escape(
+        f"{model.name} ({model.file}:{model.factory}) in {plan.depth} stages x {plan.width} "
+        f"replicas, {plan.schedule}, microbatch {plan.microbatch}, {m} microbatches per update "
+        f"(global batch {batch})"
+    )
+
+
+def _row(stage: Stage) -> tuple[str, ...]:
+    memory, seconds = stage.memory, stage.compute_s
+    other = memory.buffers + memory.transient + memory.reserve
+    return (
+        f"{stage.index}{' r' if stage.recompute else ''}",
+        _ranges(stage.devices),
+        summarise_modules(stage.modules),
+        units.parameters(stage.parameters),
+        units.seconds(seconds.forward),
+        units.seconds(seconds.backward + seconds.recompute),
+        units.data(memory.weights),
+        units.data(memory.gradients),
+        units.data(memory.optimizer),
+        units.data(memory.stash),
+        units.data(other),
+        f"{units.data(memory.total)} {100 * memory.total / memory.limit:3.0f}%",
+        units.data(memory.limit),
+        units.data(sum(t.bytes for t in stage.receives)),
+        units.data(sum(t.bytes for t in stage.sends)),
+    )
+
+
+def _summary(plan: Plan) -> Iterable[str]:
+    proof = plan.optimality
+    gap = "proven optimal" if proof.status == "optimal" else f"gap {100 * proof.gap:.2f} %"
+    yield (
+        f"period      {units.seconds(plan.period_s)} per microbatch, "
+        f"{plan.samples_per_s:.4g} samples/s, utilisation {units.percent(plan.utilisation)}"
+    )
+    yield f"traffic     {units.data(plan.bytes_per_sample)} per sample over all links"
+    yield f"proof       {gap}: bound {proof.bound:.4g} samples/s over {proof.search_space}"
+    for tied in plan.tied:
+        if len(tied.stages) > 1:
+            stages = ", ".join(map(str, tied.stages))
+            yield f"tied        {' = '.join(tied.names)} on stages {stages}: gradients are summed"
+    if any(stage.recompute for stage in plan.stages):
+        yield "recompute   stages marked r run their forward again before the backward"
+
+
+def summarise_modules(modules: Iterable[str]) -> str:
+    """('h.3', 'h.4', 'h.5', 'ln_f') -> 'h.3-5, ln_f'."""
+    runs: list[list[str | int]] = []  # [prefix, first, last] or [path]
+    for path in modules:
+        numbered = re.fullmatch(r"(.*?)(\d+)", path)
+        if numbered is None:
+            runs.append([path])
+            continue
+        prefix, number = numbered[1], int(numbered[2])
+        if runs and len(runs[-1]) == 3 and runs[-1][0] == prefix and runs[-1][2] == number - 1:
+            runs[-1][2] = number
+        else:
+            runs.append([prefix, number, number])
+    return ", ".join(
+        str(run[0])
+        if len(run) == 1
+        else f"{run[0]}{run[1]}" + (f"-{run[2]}" if run[2] != run[1] else "")
+        for run in runs
+    )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    return summarise_modules(map(str, numbers))
+
+
+def print_verification(result: Verification) -> None:
+    out = console()
+    loss = "bitwise equal" if result.loss_bitwise else "DIFFERS"
+    out.print(f"loss        {result.loss:.6g}: {loss}")
+    out.print(f"gradients   {result.bitwise} of {result.compared} bitwise equal to eager PyTorch")
+    reasons: dict[str, list[float]] = {}
+    for difference in result.differences:
+        if difference.reason:
+            reasons.setdefault(difference.reason, []).append(difference.max_rel)
+    for reason, errors in reasons.items():
+        line = f"            {len(errors)} within {max(errors):.1e} relative: {reason}"
+        out.print(escape(line) + " is added in another order")
+    for problem in result.problems:
+        out.print(escape(f"problem     {problem}"))
+    out.print("verified" if result.ok else "NOT verified")
+
+
+def print_seconds(seconds: Mapping[str, float]) -> None:
+    phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    console().print(f"seconds     {phases}")
+
+
+def print_run(result: Mapping[str, Any]) -> None:
+    losses: Sequence[float] = result["losses"]
+    out = console()
+    out.print(curve(losses))
+    out.print(
+        f"{len(losses)} updates, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
+        f"{result['samples_per_s']:.4g} samples/s, utilisation {100 * result['utilisation']:.1f} %"
+    )
+
+
+def curve(values: Sequence[float], width: int = 60) -> str:
+    """One line of blocks, the highest value the tallest: enough to see a loss fall."""
+    finite = [value for value in values if value == value]
+    if not finite:
+        return ""
+    buckets = [
+        finite[i * len(finite) // width : max((i + 1) * len(finite) // width, 1)]
+        for i in range(width)
+    ]
+    means = [sum(bucket) / len(bucket) for bucket in buckets if bucket]
+    low, high = min(means), max(means)
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join("▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means)

@@ -1,0 +1,48 @@
+"""The artifact folder: written beside its final place and renamed, so a failure leaves the old."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from p2bw.runtime.errors import ResourceError, UsageError
+
+_MARK = "plan.json"  # what tells an artifact from a folder that is somebody's own
+
+
+def check_destination(out: Path) -> None:
+    """Refuse, before any long work, a destination that could not be written or is not ours."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"--out {out} exists and is not a folder; name another")
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
+        raise UsageError(f"--out {out} holds files that are no artifact of p2bw; name another")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder")
+
+
+def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
+    """Make `out` hold exactly `files` (relative name -> content), or leave it as it was."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            fresh, old = Path(scratch, "new"), Path(scratch, "old")
+            for name, content in files.items():
+                path = fresh / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+            if out.exists():
+                out.rename(old)
+            try:
+                fresh.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"no space left to write {out}; what was there is kept") from None
+        raise UsageError(f"cannot write {out}: {error.strerror}") from None

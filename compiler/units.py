@@ -1,0 +1,40 @@
+"""Numbers for people: `4.12 ms`, `1.02 GiB`, `86.4 M`. Printed at the edge only."""
+
+
+def seconds(value: float) -> str:
+    """0.00412 -> '4.12 ms'."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{_three(value / scale)} {unit}"
+    return "0 s" if value == 0 else f"{_three(value / 1e-9)} ns"
+
+
+def data(value: float) -> str:
+    """1095216660 -> '1.02 GiB'."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{_three(value / scale)} {unit}"
+    return f"{value:.0f} B"
+
+
+def count(value: float) -> str:
+    """86400000 -> '86.4 M'."""
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{_three(value / scale)} {unit}"
+    return f"{value:.0f}"
+
+
+def parameters(value: int) -> str:
+    """2156000000 -> '2.16 B' (billions, as people count parameters)."""
+    return count(value).replace("G", "B")
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _three(value: float) -> str:
+    """Three significant digits without an exponent."""
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}"

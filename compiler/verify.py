@@ -1,0 +1,286 @@
+"""verify: all stages of an artifact in one process against the user's original model.
+
+Both run the same microbatch in fp32 on the CPU from the same weights. Every random operator is
+seeded by its position in the original program, so dropout draws the same mask wherever the
+placement has put it. The oracle is the model as the user wrote it, run by eager PyTorch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from p2bw.compiler.plan import Plan, read_plan
+from p2bw.runtime.errors import MismatchError
+from p2bw.runtime.modelfile import ModelFile
+
+TOLERANCE = 1e-6
+_SEED = 20210701
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A gradient that is not bitwise equal; relative to the largest entry of eager's gradient."""
+
+    parameter: str
+    max_rel: float
+    reason: str  # "" if nothing in the plan explains it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What `verify` found. ok: all bitwise, or explained and within 1e-6 relative."""
+
+    ok: bool
+    loss: float
+    loss_bitwise: bool
+    compared: int
+    bitwise: int
+    max_rel: float
+    differences: tuple[Difference, ...]
+    problems: tuple[str, ...]  # each a sentence
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "loss": self.loss,
+            "loss_bitwise": self.loss_bitwise,
+            "gradients": {
+                "compared": self.compared,
+                "bitwise": self.bitwise,
+                "max_rel": self.max_rel,
+            },
+            "differences": [
+                {"parameter": d.parameter, "max_rel": d.max_rel, "reason": d.reason}
+                for d in self.differences
+            ],
+            "problems": list(self.problems),
+        }
+
+
+class _SeededRandom(TorchDispatchMode):
+    """Seeds the i-th random operator by the i-th of `indices`: its position in the program."""
+
+    def __init__(self, indices: Iterator[int]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.manual_seed(_SEED + next(self.indices, -1))
+        return func(*args, **(kwargs or {}))
+
+
+def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verification:
+    """Compare an artifact with the model that it was compiled from.
+
+    Raises MismatchError if the model file is not the one that was compiled, or if the stages do
+    not hold the model's parameters.
+    """
+    from p2bw.runtime.artifact import find_model_file, load_stage
+
+    artifact = Path(artifact)
+    plan = read_plan(artifact)
+    file = find_model_file(artifact, model=Path(model) if model else None)
+    stages = [load_stage(artifact, k) for k in range(plan.depth)]
+    with _fp32_cpu():
+        torch.manual_seed(_SEED)
+        original = file.model()
+        inputs, targets = file.inputs(plan.microbatch), file.targets(plan.microbatch)
+        values = dict(
+            zip(
+                (i.name for i in plan.inputs), file.flatten_microbatch(inputs, targets), strict=True
+            )
+        )
+        for stage in stages:
+            copy_state(original, stage)
+        loss = _eager(file, original, inputs, targets)
+        staged = _staged(plan, stages, values)
+    return _compare(plan, original, stages, loss, staged)
+
+
+@contextmanager
+def _fp32_cpu() -> Iterator[None]:
+    """Deterministic arithmetic, and the caller's RNG and default device left as they were."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        yield
+
+
+def copy_state(source: nn.Module, stage: nn.Module) -> None:
+    """Fill a stage's parameters and buffers from the whole model's, by qualified name."""
+    with torch.no_grad():
+        for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
+            try:
+                value = lookup(source, name)
+            except AttributeError:
+                raise MismatchError(
+                    f"the stage has {name!r}, which the model has not: were the stages edited?"
+                ) from None
+            if value.shape != tensor.shape:
+                raise MismatchError(
+                    f"{name!r} is {tuple(value.shape)} in the model "
+                    f"and {tuple(tensor.shape)} in the stage"
+                )
+            tensor.copy_(value)
+
+
+def lookup(module: nn.Module, name: str) -> Tensor:
+    """The tensor of a model at a qualified name, registered or a plain attribute."""
+    owner: Any = module
+    for part in name.split("."):
+        owner = owner[part] if isinstance(owner, (nn.ModuleDict,)) else getattr(owner, part)
+    if not isinstance(owner, Tensor):
+        raise AttributeError(name)
+    return owner
+
+
+def _eager(file: ModelFile, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+    from itertools import count
+
+    with _SeededRandom(count()):
+        loss = file.call(model, inputs, targets)
+    loss.backward()
+    return loss.detach()
+
+
+def _staged(plan: Plan, stages: Sequence[nn.Module], values: dict[str, Tensor]) -> Tensor:
+    """Forward through all stages, then backward through them in reverse, as the runtime does."""
+    arrived: dict[tuple[int, str], Tensor] = {}
+    produced: list[dict[str, Tensor]] = []
+    for k, module in enumerate(stages):
+        spec = plan.stages[k]
+        arguments = [
+            values[name] if name in spec.inputs else arrived[k, name] for name in spec.arguments
+        ]
+        with _SeededRandom(iter(spec.random)):
+            results = module(*arguments)
+        named = dict(
+            zip(spec.results, results if isinstance(results, tuple) else (results,), strict=True)
+        )
+        produced.append(named)
+        for send in spec.sends:
+            tensor = named[send.tensor].detach().clone()
+            arrived[send.peer, send.tensor] = tensor.requires_grad_(send.gradient)
+    loss = _backward(plan, produced, arrived)
+    return loss
+
+
+def _backward(
+    plan: Plan, produced: list[dict[str, Tensor]], arrived: dict[tuple[int, str], Tensor]
+) -> Tensor:
+    losses = []
+    for k in reversed(range(plan.depth)):
+        spec = plan.stages[k]
+        sent = {send.tensor for send in spec.sends}
+        roots: list[Tensor] = []
+        seeds: list[Tensor | None] = []
+        for name, tensor in produced[k].items():
+            if name not in sent:
+                losses.append(tensor.detach())
+                roots.append(tensor)
+                seeds.append(None)
+        # Later consumers first: the order in which eager autograd would have summed them.
+        for send in sorted(spec.sends, key=lambda s: s.peer, reverse=True):
+            gradient = arrived[send.peer, send.tensor].grad if send.gradient else None
+            if gradient is not None and produced[k][send.tensor].requires_grad:
+                roots.append(produced[k][send.tensor])
+                seeds.append(gradient)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+    (loss,) = losses
+    return loss
+
+
+def _compare(
+    plan: Plan, original: nn.Module, stages: Sequence[nn.Module], eager: Tensor, staged: Tensor
+) -> Verification:
+    problems = []
+    loss_bitwise = torch.equal(eager, staged)
+    if not loss_bitwise:
+        problems.append(f"the loss is {staged.item()!r}, eager PyTorch gives {eager.item()!r}")
+    names = {id(p): n for n, p in original.named_parameters()}
+    gradients: dict[str, Tensor | None] = {}
+    first_stage: dict[str, int] = {}
+    for k, stage in enumerate(stages):
+        for name, parameter in stage.named_parameters():
+            canonical = names[id(lookup(original, name))]
+            first_stage.setdefault(canonical, k)
+            if parameter.grad is not None:
+                known = gradients.get(canonical)
+                gradients[canonical] = parameter.grad if known is None else known + parameter.grad
+    explain = _reasons(plan)
+    differences, compared = [], 0
+    for name, parameter in original.named_parameters():
+        want, got = parameter.grad, gradients.get(name)
+        if want is None and got is None:
+            continue
+        compared += 1
+        if want is not None and got is not None and torch.equal(want, got):
+            continue
+        difference = Difference(name, _relative(want, got), explain(name, first_stage.get(name, 0)))
+        differences.append(difference)
+    for d in differences:
+        if not d.reason:
+            problems.append(f"the gradient of {d.parameter} is off by {d.max_rel:.2e} relative")
+        elif d.max_rel > TOLERANCE:
+            problems.append(
+                f"the gradient of {d.parameter} is off by {d.max_rel:.2e} relative, more than "
+                f"the {TOLERANCE:g} that {d.reason} explains"
+            )
+    problems.extend(_buffer_problems(original, stages))
+    return Verification(
+        ok=not problems,
+        loss=eager.item(),
+        loss_bitwise=loss_bitwise,
+        compared=compared,
+        bitwise=compared - len(differences),
+        max_rel=max((d.max_rel for d in differences), default=0.0),
+        differences=tuple(differences),
+        problems=tuple(problems),
+    )
+
+
+def _relative(want: Tensor | None, got: Tensor | None) -> float:
+    if want is None or got is None or want.shape != got.shape:
+        return float("inf")
+    scale = want.abs().max().item()
+    error = (want - got).abs().max().item()
+    return error / scale if scale else float("inf")
+
+
+def _reasons(plan: Plan) -> Callable[[str, int], str]:
+    """Which gradients may differ by the order of summation, and why.
+
+    A sum of three or more terms from different stages is added stage by stage here and term by
+    term in eager: everything at or before the tensor where the terms meet may differ in the last
+    bits.
+    """
+    fan_out: dict[str, tuple[int, int]] = {}
+    for stage in plan.stages:
+        for name in {send.tensor for send in stage.sends if send.gradient}:
+            peers = sum(send.tensor == name for send in stage.sends)
+            fan_out[name] = (stage.index, peers)
+    shared = {name: t for name, t in fan_out.items() if t[1] > 1}
+    tied = {name: len(t.stages) for t in plan.tied for name in t.names if len(t.stages) > 1}
+
+    def reason(parameter: str, stage: int) -> str:
+        if parameter in tied:
+            return f"the sum over its uses in {tied[parameter]} stages"
+        for name, (producer, peers) in shared.items():
+            if stage <= producer:
+                return f"the sum of the gradients of {name} (stage {producer}) from {peers} stages"
+        return ""
+
+    return reason
+
+
+def _buffer_problems(original: nn.Module, stages: Sequence[nn.Module]) -> Iterator[str]:
+    for k, stage in enumerate(stages):
+        for name, buffer in stage.named_buffers():
+            if not torch.equal(lookup(original, name), buffer):
+                yield f"buffer {name} of stage {k} differs after the forward pass"
