@@ -1,54 +1,398 @@
 """The user's model file: plain PyTorch with a few module-level functions (README, "model file")."""
 
+import difflib
+import hashlib
 import importlib.util
+import inspect
+import linecache
+import math
+import os
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from p2bw.runtime.errors import ModelError, UsageError
+from p2bw.runtime.usercode import UserCode
+
+Setting = str | int | float | bool | None
+
+_PLAIN = (str, int, float, bool, complex, bytes, torch.dtype, torch.device, type(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFile:
-    """A loaded model file. Running a model file runs its author's code, like `python model.py`."""
+    """A loaded model file. Running a model file runs its author's code, like `python model.py`.
+
+    Every failure inside the author's code is a ModelError that names the author's line.
+    """
 
     path: Path
     factory: str
-    settings: MappingProxyType[str, Any]
+    settings: Mapping[str, Setting]
     module: ModuleType
+    code: UserCode
+    source: bytes
 
     def model(self) -> nn.Module:
         """A new model, in training mode, from the user's factory and settings."""
-        built: nn.Module = getattr(self.module, self.factory)(**self.settings)
-        return built.train()
+        factory = getattr(self.module, self.factory)
+        with self.code.running(f"{self.factory}()"):
+            built = factory(**self.settings)
+            if not isinstance(built, nn.Module):
+                raise ModelError(
+                    f"{self.path.name}: {self.factory}() returned {_describe(built)}, "
+                    f"not a torch.nn.Module; return the model itself"
+                )
+            return built.train()
 
     def inputs(self, batch_size: int) -> Any:
-        return self.module.inputs(batch_size)
+        """One microbatch of example inputs: a tensor, a tuple of tensors or a dict."""
+        return self._example("inputs", batch_size)
 
     def targets(self, batch_size: int) -> Any:
         """Example targets, or None if the model itself returns the loss."""
-        function = self.function("targets")
-        return function(batch_size) if function else None
+        return self._example("targets", batch_size) if self.function("targets") else None
+
+    def call(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
+        """The training step of one microbatch, forward and loss: the one definition of it."""
+        loss = _apply(model, inputs)
+        if function := self.function("loss"):
+            loss = _apply(function, () if targets is None else targets, loss)
+        elif not isinstance(loss, Tensor):
+            loss = loss.get("loss") if isinstance(loss, Mapping) else getattr(loss, "loss", None)
+        if isinstance(loss, Tensor):
+            return loss
+        raise ModelError(
+            f"{self.path.name}: loss() returned {_describe(loss)}, not a scalar tensor"
+            if function
+            else f"{self.path.name}: the model returned no loss, and the file has no loss(); "
+            f"write loss(outputs, *targets) and targets(batch_size), or give the model its labels "
+            f"in inputs() so that it returns a loss"
+        )
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The user's optimizer for some of the model's parameters; AdamW by default."""
+        function = self.function("optimizer")
+        if function is None:
+            return torch.optim.AdamW(parameters)
+        with self.code.running("optimizer()"):
+            made = function(parameters)
+        if isinstance(made, torch.optim.Optimizer):
+            return made
+        raise ModelError(
+            f"{self.path.name}: optimizer() returned {_describe(made)}, not a torch.optim.Optimizer"
+        )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The user's learning-rate schedule, or None."""
+        function = self.function("scheduler")
+        if function is None:
+            return None
+        with self.code.running("scheduler()"):
+            made = function(optimizer)
+        if made is None or callable(getattr(made, "step", None)):
+            return made
+        raise ModelError(
+            f"{self.path.name}: scheduler() returned {_describe(made)}; return a schedule of "
+            f"torch.optim.lr_scheduler, or None"
+        )
+
+    def data(self, batch_size: int, seed: int) -> Iterator[tuple[Any, Any]]:
+        """Microbatches (inputs, targets): the user's, else endless synthetic ones.
+
+        Synthetic microbatch i depends on the seed and i alone, so every process sees the same.
+        A user's iterator may end; it yields bare inputs when the file has no targets().
+        """
+        function = self.function("data")
+        if function is None:
+            for index in count():
+                with _seeded(f"{seed}:{index}"):
+                    yield self.inputs(batch_size), self.targets(batch_size)
+        with self.code.running("data()"):
+            microbatches = iter(function(batch_size, seed))  # type: ignore[misc]
+        with_targets = self.function("targets") is not None
+        for index in count():
+            with self.code.running("data()"):
+                microbatch = next(microbatches, None)
+            if microbatch is None:
+                return
+            if not with_targets:
+                yield microbatch, None
+            elif isinstance(microbatch, Sequence) and len(microbatch) == 2:
+                yield microbatch[0], microbatch[1]
+            else:
+                raise ModelError(
+                    f"{self.path.name}: data() yielded {_describe(microbatch)} as microbatch "
+                    f"{index}; yield (inputs, targets)"
+                )
 
     def function(self, name: str) -> Callable[..., Any] | None:
-        """An optional function of the file: loss, optimizer, scheduler, data."""
+        """An optional function of the file: loss, targets, optimizer, scheduler, data."""
         return getattr(self.module, name, None)
+
+    def sha256(self) -> str:
+        """Of the file's bytes as they were run."""
+        return hashlib.sha256(self.source).hexdigest()
+
+    def _example(self, name: str, batch_size: int) -> Any:
+        with self.code.running(f"{name}({batch_size})"):
+            example = getattr(self.module, name)(batch_size)
+        try:
+            flatten_microbatch(example, None)
+        except ModelError as error:
+            raise ModelError(f"{self.path.name}: {name}({batch_size}): {error}") from None
+        return example
+
+
+def map_tensors(value: Any, function: Callable[[str, Tensor], Any], name: str = "") -> Any:
+    """Rebuild nested tuples, lists and dicts with `function(name, tensor)` in place of tensors.
+
+    The order of calls defines the order of a program's inputs. A name is the innermost dict key
+    above the tensor, else `name`.
+    """
+    if isinstance(value, Tensor):
+        return function(name, value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function, str(key)) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [map_tensors(item, function, name) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, _PLAIN):
+        return value
+    raise ModelError(
+        f"holds {_describe(value)}; use tensors, in tuples, lists or dicts, and plain Python values"
+    )
+
+
+def flatten_microbatch(inputs: Any, targets: Any) -> tuple[Tensor, ...]:
+    """All tensors of a microbatch, in the order of `Program.inputs`.
+
+    Values that are not tensors (None, numbers, strings) are constants of the compiled program.
+    """
+    tensors: list[Tensor] = []
+    map_tensors((inputs, targets), lambda _, tensor: tensors.append(tensor))
+    return tuple(tensors)
+
+
+def _apply(function: Callable[..., Any], arguments: Any, *first: Any) -> Any:
+    if isinstance(arguments, Mapping):
+        return function(*first, **arguments)
+    if isinstance(arguments, (tuple, list)):
+        return function(*first, *arguments)
+    return function(*first, arguments)
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, Setting]:
+    """Settings from NAME=VALUE: an int, a float, true, false, none, or else a string."""
+    settings: dict[str, Setting] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--set {item}: write NAME=VALUE, such as --set n_layer=24")
+        settings[name] = _setting(item, text.strip())
+    return settings
+
+
+def _setting(item: str, text: str) -> Setting:
+    words: dict[str, Setting] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    if text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1:
+        return text[1:-1]
+    for number in (int, float):
+        try:
+            value = number(text)
+        except ValueError:
+            continue
+        if not math.isfinite(value):
+            raise UsageError(f"--set {item}: the number must be finite")
+        return value
+    return text
 
 
 def load_model_file(
-    path: Path, factory: str = "model", settings: dict[str, Any] | None = None
+    path: Path, factory: str = "model", settings: Mapping[str, Setting] | None = None
 ) -> ModelFile:
-    """Run a model file under a private module name."""
-    name = f"_p2bw_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return ModelFile(
-        path=path, factory=factory, settings=MappingProxyType(settings or {}), module=module
+    """Run a model file under a private module name and check what it defines.
+
+    Its directory is importable from then on, after all else, so that neighbours can be imported
+    but a stray `torch.py` among them shadows nothing.
+    """
+    path = Path(path)
+    resolved = path.resolve()
+    source = _read(path)
+    code = UserCode(str(resolved.parent))
+    module = _run(path, resolved, source, code)
+    file = ModelFile(
+        path=path,
+        factory=factory,
+        settings=MappingProxyType(dict(settings or {})),
+        module=module,
+        code=code,
+        source=source,
     )
+    _check_factory(file)
+    _check_functions(file)
+    return file
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; name the model file in it")
+    try:
+        source = path.read_bytes()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, _python_files(path.parent), 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UsageError(f"no such file: {path}{hint}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if not source.strip():
+        raise ModelError(f"{path.name} is empty; it needs model() and inputs(batch_size)")
+    return source
+
+
+def _python_files(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.glob("*.py")) if directory.is_dir() else []
+
+
+def _run(path: Path, resolved: Path, source: bytes, code: UserCode) -> ModuleType:
+    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]
+    name = f"_p2bw_model_{digest}_{resolved.stem}"
+    linecache.checkcache(str(resolved))
+    try:
+        program = compile(source, str(resolved), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise ModelError(_syntax(path, error)) from error
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    if spec is None:  # not named .py
+        spec = importlib.util.spec_from_loader(name, loader=None, origin=str(resolved))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(resolved)
+    if code.directory not in sys.path:
+        sys.path.append(code.directory)
+    sys.modules[name] = module  # dataclasses and pickle look their module up here
+    try:
+        with code.running(f"importing {path.name}"):
+            exec(program, module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _syntax(path: Path, error: SyntaxError | ValueError) -> str:
+    if not isinstance(error, SyntaxError):
+        return f"{path.name} is not Python source: {error}"
+    place = f"{path.name}:{error.lineno}" if error.lineno else path.name
+    if "codec can't decode" in str(error.msg) or "encoding" in str(error.msg):
+        return f"{path.name} is not UTF-8 text: {error.msg}; save it as UTF-8"
+    text = f"\n    {error.text.strip()}" if error.text else ""
+    return f"{place}: {type(error).__name__}: {error.msg}{text}"
+
+
+def _check_factory(file: ModelFile) -> None:
+    name, own = file.path.name, _functions(file.module)
+    factory = getattr(file.module, file.factory, None)
+    if factory is None:
+        near = difflib.get_close_matches(file.factory, own, 1) or own[:1]
+        cure = f"; it has {', '.join(own)}: name one as {name}:{near[0]}" if own else ""
+        raise ModelError(f"{name} has no {file.factory}(){cure or '; define it'}")
+    if not callable(factory):
+        raise ModelError(f"{name}: {file.factory} is {_describe(factory)}, not a function")
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        return  # a callable without a signature: calling it will tell
+    try:
+        signature.bind(**file.settings)
+    except TypeError as error:
+        raise ModelError(_settings_problem(file, signature, error)) from None
+
+
+def _settings_problem(file: ModelFile, signature: inspect.Signature, error: TypeError) -> str:
+    where = f"{file.path.name}: {file.factory}{signature}"
+    for unknown in (s for s in file.settings if s not in signature.parameters):
+        near = difflib.get_close_matches(unknown, signature.parameters, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{where} has no setting {unknown!r}{hint}"
+    return f"{where}: {error}; give it a default or use --set NAME=VALUE"
+
+
+def _check_functions(file: ModelFile) -> None:
+    name = file.path.name
+    for function in ("inputs", "targets", "loss", "optimizer", "scheduler", "data"):
+        value = file.function(function)
+        if value is not None and not callable(value):
+            raise ModelError(f"{name}: {function} is {_describe(value)}, not a function")
+    if file.function("inputs") is None:
+        raise ModelError(
+            f"{name} has no inputs(batch_size); define it to return one microbatch of example "
+            f"inputs, a tuple or dict of tensors"
+        )
+    loss, targets = file.function("loss"), file.function("targets")
+    if targets and not loss:
+        raise ModelError(f"{name} has targets() but no loss(outputs, *targets) that takes them")
+    if loss and not targets:
+        required = [
+            p
+            for p in inspect.signature(loss).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        if len(required) > 1 or isinstance(loss, nn.Module):
+            raise ModelError(
+                f"{name} has loss{inspect.signature(loss)} but no targets(batch_size); "
+                f"define it to return example targets"
+            )
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Public functions and classes that the file itself defines, in order."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and inspect.isroutine(value)
+        and getattr(value, "__module__", None) == module.__name__
+        and name not in ("inputs", "targets", "loss", "optimizer", "scheduler", "data")
+    ]
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "None"
+    kind = type(value)
+    name = (
+        kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    )
+    return f"a {name}"
+
+
+@contextmanager
+def _seeded(key: str) -> Iterator[None]:
+    """Seed every generator that user code draws from, and put all of them back after."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])

@@ -1,0 +1,120 @@
+"""Running the user's code: its prints stay off stdout, its failures name the user's own line."""
+
+import linecache
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from p2bw.runtime.errors import ModelError, P2BWError
+
+_STDLIB = sysconfig.get_paths()["stdlib"]
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of source; prints as "gpt.py:52", without the directories of this machine."""
+
+    file: str
+    number: int
+    label: str
+
+    @property
+    def text(self) -> str:
+        return linecache.getline(self.file, self.number).strip()
+
+    def __str__(self) -> str:
+        return f"{self.label}:{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class UserCode:
+    """Tells the user's source files (those under the model file's directory) from all others."""
+
+    directory: str
+
+    def owns(self, file: str) -> bool:
+        return (
+            file.startswith(self.directory + os.sep)
+            and not _is_installed(file)
+            and not file.startswith((_OURS + os.sep, _TORCH + os.sep))
+        )
+
+    def line(self, file: str, number: int) -> Line | None:
+        """A line of the user's own or of a library of models; None for torch, Python and us."""
+        if self.owns(file):
+            return Line(file, number, Path(os.path.relpath(file, self.directory)).as_posix())
+        if file.startswith((_OURS + os.sep, _TORCH + os.sep, "<")):
+            return None
+        if file.startswith(_STDLIB + os.sep) and not _is_installed(file):
+            return None
+        return Line(file, number, os.path.basename(file))
+
+    def line_of(self, error: BaseException) -> Line | None:
+        """The innermost of the user's own lines that led to an error, else of a library's."""
+        library = None
+        for traceback in _tracebacks(error):
+            for file, number in reversed(_frames(traceback)):
+                line = self.line(file, number)
+                if line and self.owns(file):
+                    return line
+                library = library or line
+        return library
+
+    @contextmanager
+    def running(self, what: str, cure: str = "") -> Iterator[None]:
+        """Run the user's code; whatever it raises becomes a ModelError that says where and why."""
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        except P2BWError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ModelError(self.describe(error, what, cure)) from error
+
+    def describe(self, error: BaseException, what: str, cure: str = "") -> str:
+        """Place, what failed, why and the line itself, as one message."""
+        line = self.line_of(error)
+        if isinstance(error, SystemExit):
+            reason = f"called sys.exit({'' if error.code is None else error.code!r})"
+        else:
+            reason = f"raised {type(error).__name__}"
+            if first := str(error).strip().partition("\n")[0]:
+                reason += f": {first}"
+        message = f"{what} {reason}"
+        if line:
+            message = f"{line}: {message}"
+            if line.text:
+                message += f"\n    {line.text}"
+        return f"{message}\n{cure}" if cure else message
+
+
+def _is_installed(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file
+
+
+def _tracebacks(error: BaseException) -> Iterator[TracebackType]:
+    """An error's own traceback, then those of the errors that it was raised from."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if current.__traceback__:
+            yield current.__traceback__
+        current = current.__cause__ or current.__context__
+
+
+def _frames(traceback: TracebackType | None) -> list[tuple[str, int]]:
+    frames = []
+    while traceback is not None:
+        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    return frames
