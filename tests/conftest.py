@@ -1,0 +1,41 @@
+"""Goldens: files under tests/goldens that `pytest --update-goldens` rewrites."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+# Child processes of the tests (torchrun's ranks) share two cores with everything else.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """golden("gpt/plan.json", text): equal to the golden file, or a readable diff."""
+    update = request.config.getoption("--update-goldens")
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDENS / name
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"no golden {name}: run `pytest --update-goldens` and read what it writes")
+        want = path.read_text(encoding="utf-8")
+        if want != text:
+            lines = difflib.unified_diff(
+                want.splitlines(), text.splitlines(), f"goldens/{name}", "now", lineterm="", n=2
+            )
+            diff = "\n".join(list(lines)[:120])
+            pytest.fail(f"{name} changed (`pytest --update-goldens` accepts):\n{diff}", False)
+
+    return compare

@@ -1,0 +1,23 @@
+import pytest
+
+from p2bw.compiler import units
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 s"), (0.00412, "4.12 ms"), (1.5e-5, "15.0 us"), (123.4, "123 s"), (3e-9, "3.00 ns")],
+)
+def test_seconds(value: float, text: str) -> None:
+    assert units.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (1023, "1023 B"), (1095216660, "1.02 GiB"), (2**20, "1.00 MiB")]
+)
+def test_data(value: int, text: str) -> None:
+    assert units.data(value) == text
+
+
+def test_parameters_are_counted_in_billions() -> None:
+    assert units.parameters(2_156_000_000) == "2.16 B"
+    assert units.parameters(86_400_000) == "86.4 M"
