@@ -92,6 +92,7 @@ class NodeFacts:
     out: tuple[TensorType, ...] = ()  # one per tensor output, () if the output is no tensor
 
     # Found by annotate_autograd.
+    strides: tuple[tuple[int, ...], ...] | None = None  # per tensor output, in elements
     requires_grad: tuple[bool, ...] | None = None  # per tensor output
     alias: tuple[int | None, ...] | None = None  # per tensor output: tensor argument whose storage
     mutates: tuple[int, ...] | None = None  # tensor arguments that the node writes in place
@@ -111,7 +112,8 @@ class NodeFacts:
 
 _PASS_OF_FACT = {
     **dict.fromkeys(
-        ("requires_grad", "alias", "mutates", "saved", "random_calls"), "annotate_autograd"
+        ("strides", "requires_grad", "alias", "mutates", "saved", "random_calls"),
+        "annotate_autograd",
     ),
     **dict.fromkeys(
         ("flops_forward", "flops_backward", "traffic_forward", "traffic_backward"), "annotate_cost"

@@ -1,0 +1,63 @@
+"""Which memory a tensor lives in: following aliases, and counting what autograd keeps alive."""
+
+from collections.abc import Collection, Iterable, Iterator
+from operator import getitem
+
+from p2bw.compiler.program import Program, tensor_arguments
+
+Storage = tuple[str, int]  # the node that made it, and which of its tensor outputs
+
+
+def storage_of(
+    program: Program, name: str, output: int = 0, *, within: Collection[str] | None = None
+) -> Storage:
+    """The memory of a node's output: the first maker along its chain of aliases.
+
+    With `within`, the chain ends at what these nodes are given from outside: a tensor that crosses
+    into a stage has memory of its own there.
+    """
+    while within is None or name in within:
+        alias = program.fact(name, "alias")[output]
+        if alias is None:
+            break
+        node = program.node(name)
+        source = tensor_arguments(node)[alias]
+        several = node.target is getitem and len(program.facts[source.name].out) > 1
+        output = int(node.args[1]) if several else 0  # type: ignore[call-overload]
+        name = source.name
+    return name, output
+
+
+def saved_bytes(program: Program, nodes: Iterable[str]) -> int:
+    """Bytes that autograd keeps of one microbatch when exactly `nodes` run in one stage.
+
+    Each storage counts once. Parameters, buffers and constants do not count, received tensors and
+    program inputs do.
+    """
+    inside = frozenset(nodes)
+    kept = dict(kept_storages(program, inside))
+    return sum(kept.values())
+
+
+def kept_storages(
+    program: Program, nodes: Collection[str]
+) -> Iterator[tuple[tuple[str, str, int], int]]:
+    """What autograd keeps when `nodes` run in one stage: (kind, node, index) -> bytes, unsorted.
+
+    The key ("tensor", node, output) names a storage that the graph knows, ("fresh", node, index)
+    one that only autograd knows. Keys can come more than once, with equal bytes.
+    """
+    for name in nodes:
+        arguments = tensor_arguments(program.node(name))
+        for saved in program.fact(name, "saved"):
+            if saved.kind == "fresh":
+                yield ("fresh", name, saved.index), saved.bytes
+                continue
+            start = (
+                (arguments[saved.index].name, 0) if saved.kind == "input" else (name, saved.index)
+            )
+            maker, output = storage_of(program, *start, within=nodes)
+            if maker in nodes:
+                yield ("tensor", maker, output), saved.bytes
+            elif program.node(maker).op != "get_attr":
+                yield ("tensor", maker, output), program.facts[maker].out[output].bytes
