@@ -173,13 +173,11 @@ def _observe(
     inputs: tuple[_Value, ...],
     observed: dict[Call, _Observation],
 ) -> _Observation:
-    arguments = tensor_arguments(node)
-    repeats = tuple(map(arguments.index, arguments))
     metas = tuple(value.meta for value in inputs)
-    call = describe_call(node, metas, repeats, program.facts[node.name].context)
+    call = describe_call(node, metas, program.facts[node.name].context)
     if call not in observed:
         with program.entering(node):
-            observed[call] = _run(node, metas, repeats)
+            observed[call] = _run(node, call)
     return observed[call]
 
 
@@ -195,11 +193,9 @@ class _CountRandom(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(node: fx.Node, metas: tuple[TensorMeta, ...], repeats: tuple[int, ...]) -> _Observation:
-    with torch.enable_grad():
-        made = make_inputs(metas, "cpu").tensors
-    tensors = tuple(made[index] for index in repeats)
-    for tensor, meta in zip(tensors, metas, strict=True):
+def _run(node: fx.Node, call: Call) -> _Observation:
+    tensors = make_inputs(call, "cpu").tensors
+    for tensor, meta in zip(tensors, call.tensors, strict=True):
         tensor.untyped_storage().resize_(meta.storage_bytes)
     kept: list[Tensor] = []
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from p2bw.compiler.program import tensor_arguments
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMeta:
@@ -30,16 +32,15 @@ class Call:
     target: Hashable
     arguments: Hashable
     tensors: tuple[TensorMeta, ...]
+    repeats: tuple[int, ...]  # per tensor argument, the first that is the same tensor
     context: tuple[str, ...]
 
 
-def describe_call(
-    node: fx.Node, tensors: tuple[TensorMeta, ...], repeats: tuple[int, ...], context: Any
-) -> Call:
-    """The Call of a node; `repeats` tells which of its tensor arguments are one and the same."""
-    return Call(
-        node.target, (_freeze(node.args), _freeze(node.kwargs), repeats), tensors, tuple(context)
-    )
+def describe_call(node: fx.Node, tensors: tuple[TensorMeta, ...], context: tuple[str, ...]) -> Call:
+    """The Call of a node whose tensor arguments are like `tensors`."""
+    arguments = tensor_arguments(node)
+    repeats = tuple(map(arguments.index, arguments))
+    return Call(node.target, (_freeze(node.args), _freeze(node.kwargs)), tensors, repeats, context)
 
 
 def _freeze(value: Any) -> Hashable:
@@ -73,20 +74,26 @@ def _allocate(shape: Any, stride: Any, dtype: torch.dtype, device: Any) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Tensor arguments made from metadata; `leaves[i]` gets the gradient of `tensors[i]`."""
+    """A call's tensor arguments, and the leaves that get their gradients."""
 
     tensors: tuple[Tensor, ...]
-    leaves: tuple[Tensor | None, ...]
+    leaves: tuple[Tensor, ...]
 
 
-def make_inputs(call_tensors: tuple[TensorMeta, ...], device: str) -> Inputs:
+def make_inputs(call: Call, device: str) -> Inputs:
+    """Tensors with the metadata of a call's tensor arguments, each made once."""
     tensors: list[Tensor] = []
-    leaves: list[Tensor | None] = []
-    for meta in call_tensors:
+    leaves: list[Tensor] = []
+    for position, (meta, first) in enumerate(zip(call.tensors, call.repeats, strict=True)):
+        if first < position:
+            tensors.append(tensors[first])
+            continue
         tensor = _allocate(meta.shape, meta.stride, meta.dtype, device)
-        leaf = tensor.requires_grad_() if meta.requires_grad else None
-        tensors.append(tensor if leaf is None else _Source.apply(leaf))  # type: ignore[no-untyped-call]
-        leaves.append(leaf)
+        if meta.requires_grad:
+            leaves.append(tensor.requires_grad_())
+            with torch.enable_grad():
+                tensor = _Source.apply(tensor)  # type: ignore[no-untyped-call]
+        tensors.append(tensor)
     return Inputs(tuple(tensors), tuple(leaves))
 
 

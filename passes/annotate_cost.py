@@ -1,0 +1,185 @@
+"""annotate_cost: floating-point operations and memory traffic of each node, forward and backward.
+
+FLOPs are counted on meta tensors: on CPU tensors, real or fake, torch's counter misses attention.
+"""
+
+from collections.abc import Iterable
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from p2bw.compiler.program import Program, tensor_arguments
+from p2bw.passes.execute import (
+    Call,
+    TensorMeta,
+    describe_call,
+    flatten_tensors,
+    invoke,
+    make_inputs,
+)
+
+_aten = torch.ops.aten
+# These read only the rows that they return, however large the table.
+_LOOKUPS = frozenset(
+    (
+        _aten.embedding.default,
+        _aten.index.Tensor,
+        _aten.index_select.default,
+        _aten.gather.default,
+    )
+)
+
+
+class _Cost(NamedTuple):
+    flops_forward: int = 0
+    flops_backward: int = 0
+    traffic_forward: int = 0
+    traffic_backward: int = 0
+
+
+def annotate_cost(program: Program) -> Program:
+    """Count FLOPs, and bytes read and written, of one microbatch's forward and backward."""
+    needed = _needed_outputs(program)
+    measured: dict[tuple[Call, tuple[bool, ...]], tuple[int, int, int]] = {}
+    costs: dict[str, _Cost] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is getitem:
+            costs[node.name] = _Cost()
+            continue
+        key = (_call(program, node), needed[node.name])
+        if key not in measured:
+            with program.entering(node):
+                measured[key] = _measure(node, *key)
+        costs[node.name] = _cost(program, node, needed[node.name], *measured[key])
+    columns = {
+        fact: {name: cost[i] for name, cost in costs.items()}
+        for i, fact in enumerate(_Cost._fields)
+    }
+    return program.learn("annotate_cost", **columns)
+
+
+def _needed_outputs(program: Program) -> dict[str, tuple[bool, ...]]:
+    """Per node and tensor output: does the backward from the loss pass through it?"""
+    needed: dict[str, list[bool]] = {
+        name: [False] * len(facts.out) for name, facts in program.facts.items()
+    }
+    needed[program.loss.name] = [True]
+    for node in reversed(program.graph.nodes):
+        if node.op != "call_function":
+            continue
+        grads = program.fact(node, "requires_grad")
+        if program.fact(node, "mutates"):  # seen by later readers of what it writes
+            needed[node.name] = [True] * len(grads)
+        needed[node.name] = [n and g for n, g in zip(needed[node.name], grads, strict=True)]
+        if not any(needed[node.name]):
+            continue
+        for argument in tensor_arguments(node):
+            outputs = needed[argument.name]
+            if node.target is getitem and len(outputs) > 1:
+                outputs[int(node.args[1])] = True  # type: ignore[call-overload]
+            else:
+                needed[argument.name] = [True] * len(outputs)
+    return {name: tuple(outputs) for name, outputs in needed.items()}
+
+
+def _call(program: Program, node: fx.Node) -> Call:
+    metas = []
+    for argument in tensor_arguments(node):
+        (kind,) = program.facts[argument.name].out
+        metas.append(
+            TensorMeta(
+                shape=kind.shape,
+                stride=program.fact(argument, "strides")[0],
+                dtype=kind.dtype,
+                requires_grad=program.fact(argument, "requires_grad")[0],
+                storage_bytes=0,
+            )
+        )
+    return describe_call(node, tuple(metas), program.facts[node.name].context)
+
+
+def _measure(node: fx.Node, call: Call, needed: tuple[bool, ...]) -> tuple[int, int, int]:
+    """FLOPs forward, FLOPs backward, and bytes that the backward's operators move."""
+    inputs = make_inputs(call, "meta")
+    counter = FlopCounterMode(display=False)
+    traffic = _CountTraffic()
+    with counter:
+        outputs = list(flatten_tensors(invoke(node, inputs.tensors, "meta")))
+        forward = counter.get_total_flops()
+        ends = [
+            out for out, need in zip(outputs, needed, strict=True) if need and out.requires_grad
+        ]
+        if ends and inputs.leaves:
+            with traffic:
+                torch.autograd.grad(
+                    ends, inputs.leaves, list(map(torch.empty_like, ends)), allow_unused=True
+                )
+    return forward, counter.get_total_flops() - forward, traffic.bytes
+
+
+class _CountTraffic(TorchDispatchMode):
+    """Adds up the bytes that operators read and write; views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.bytes += sum(map(_tensor_bytes, flatten_tensors((args, result))))
+        return result
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    return _extent(tuple(tensor.shape), tensor.stride()) * tensor.dtype.itemsize
+
+
+def _extent(shape: Iterable[int], stride: Iterable[int]) -> int:
+    """Elements in memory: an expanded dimension repeats the same ones."""
+    count = 1
+    for size, step in zip(shape, stride, strict=True):
+        count *= size if step or not size else 1
+    return count
+
+
+def _cost(
+    program: Program,
+    node: fx.Node,
+    needed: tuple[bool, ...],
+    flops_forward: int,
+    flops_backward: int,
+    moved_backward: int,
+) -> _Cost:
+    facts = program.facts[node.name]
+    arguments = tuple(dict.fromkeys(tensor_arguments(node)))
+    outputs = [_bytes(program, node, i) for i in range(len(facts.out))]
+    alias, mutates = program.fact(node, "alias"), program.fact(node, "mutates")
+    backward = 0
+    if any(needed):
+        saved = sum(item.bytes for item in program.fact(node, "saved"))
+        backward = saved + sum(size for size, need in zip(outputs, needed, strict=True) if need)
+        backward += sum(
+            _bytes(program, argument)
+            for argument in arguments
+            if program.fact(argument, "requires_grad")[0]
+        )
+    if not mutates and all(source is not None for source in alias):
+        # A view moves nothing forward; backward it may pad (slice) or sum (expand).
+        return _Cost(flops_forward, flops_backward, 0, moved_backward if any(needed) else 0)
+    written = sum(size for size, source in zip(outputs, alias, strict=True) if source is None)
+    every = tensor_arguments(node)
+    written += sum(_bytes(program, every[index]) for index in mutates)
+    read = sum(_bytes(program, argument) for argument in arguments)
+    if node.target in _LOOKUPS:
+        read = written + sum(_bytes(program, a) for a in arguments[1:])
+    return _Cost(flops_forward, flops_backward, read + written, backward)
+
+
+def _bytes(program: Program, node: fx.Node, output: int = 0) -> int:
+    kind = program.facts[node.name].out[output]
+    return _extent(kind.shape, program.fact(node, "strides")[output]) * kind.dtype.itemsize
