@@ -1,0 +1,292 @@
+"""Topology: how many devices of which kind there are, and the links between them."""
+
+import math
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from p2bw.compiler.devices import Device, Positive, find_device, local_device, parse_bytes
+from p2bw.compiler.plan import Data
+from p2bw.runtime.errors import InputFileError, UsageError
+
+DEFAULT_CLUSTER = "p3.16xlarge"  # PipeDream-2BW's own servers: 8 x V100-16 each
+DEFAULT_GPUS = 8
+MAX_GPUS = 4096
+
+Count = Annotated[int, Field(ge=1)]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One level of a tree of links: groups of `size` units, each with a port of its own.
+
+    A unit of level 0 is a device; a unit of level i is a whole group of level i-1, whose members
+    share its port. A port carries `bandwidth` bytes/s each way at the same time.
+    """
+
+    name: str
+    size: Count
+    bandwidth: Positive
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """`gpus` devices of one kind, ranks 0 .. gpus-1 filling the groups of each level in order."""
+
+    name: str
+    device: Device
+    gpus: Count
+    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The device of each rank."""
+        return (self.device,) * self.gpus
+
+    def unit(self, rank: int, level: int) -> int:
+        """Number of the unit of a level that a rank belongs to."""
+        for below in self.levels[:level]:
+            rank //= below.size
+        return rank
+
+    def crossed(self, rank: int, peer: int) -> int:
+        """Levels whose ports data between two ranks passes: 0 (same rank), 1 (one node), 2 .."""
+        return sum(self.unit(rank, i) != self.unit(peer, i) for i in range(len(self.levels)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for plan.json."""
+        data: dict[str, Any] = _TOPOLOGY.dump_python(self, mode="json")
+        return data
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Topology":
+        """The inverse of to_json; pydantic's ValidationError for what is no topology."""
+        return _TOPOLOGY.validate_python(data)
+
+
+_TOPOLOGY = TypeAdapter(Topology)
+
+
+def _node(size: int, gb_s: float) -> Level:
+    return Level(name="node", size=size, bandwidth=gb_s * 1e9, latency_s=5e-6)
+
+
+def _network(gb_s: float) -> Level:
+    return Level(name="network", size=MAX_GPUS, bandwidth=gb_s * 1e9, latency_s=2e-5)
+
+
+# name: device, link inside a node (GB/s one way per GPU), network (GB/s one way per node).
+# V100 cube mesh: a pipeline neighbour is one or two NVLinks of 25 GB/s away, so 25 is what every
+# pair of neighbours has (NCCL topology in github.com/NVIDIA/nccl/issues/671). NVSwitch: all pairs
+# at the full port. Networks: data sheets' Gb/s / 8.
+_CLUSTERS: dict[str, tuple[str, Level, Level]] = {
+    # 25 Gb/s Ethernet. https://aws.amazon.com/ec2/instance-types/p3/
+    "p3.16xlarge": ("v100-16", _node(8, 25), _network(3.125)),
+    # 100 Gb/s.
+    "p3dn.24xlarge": ("v100-32", _node(8, 25), _network(12.5)),
+    # 4 x EDR InfiniBand.
+    "dgx-1": ("v100-16", _node(8, 25), _network(50)),
+    # NVSwitch, 6 links; 8 x 100 Gb/s. https://github.com/NVIDIA/nccl-tests/issues/78
+    "dgx-2": ("v100-32", _node(16, 150), _network(100)),
+    # NVSwitch, 12 links; 8 x HDR200. https://github.com/NVIDIA/nccl/issues/1505
+    "dgx-a100": ("a100-80", _node(8, 300), _network(200)),
+    # NVSwitch, 18 links; 8 x NDR400.
+    # https://github.com/stas00/ml-engineering/blob/master/network/README.md
+    "dgx-h100": ("h100", _node(8, 450), _network(400)),
+    # EFA, 4 x 100 Gb/s. https://aws.amazon.com/ec2/instance-types/p4/
+    "p4d": ("a100-40", _node(8, 300), _network(50)),
+    "p4de": ("a100-80", _node(8, 300), _network(50)),
+    # EFA v2, 32 x 100 Gb/s. https://aws.amazon.com/ec2/instance-types/p5/
+    "p5": ("h100", _node(8, 450), _network(400)),
+    # 8 x HDR200. https://learn.microsoft.com/azure/virtual-machines/nda100-v4-series
+    "nd-a100-v4": ("a100-40", _node(8, 300), _network(200)),
+    "ndm-a100-v4": ("a100-80", _node(8, 300), _network(200)),
+}
+CLUSTERS = tuple(_CLUSTERS)
+
+
+def make_topology(
+    gpus: int | None = None,
+    device: str | None = None,
+    memory: str | None = None,
+    cluster: str | None = None,
+) -> Topology:
+    """The topology that the command line's options describe.
+
+    With none of them: the local GPUs when there are some, else one p3.16xlarge. A device without a
+    cluster stands in nodes of 8 with its own link and a network of a tenth of that per node.
+    """
+    if gpus is not None and not 1 <= gpus <= MAX_GPUS:
+        raise UsageError(f"--gpus {gpus}: give a number from 1 to {MAX_GPUS}")
+    if cluster is not None:
+        topology = _from_cluster(cluster, gpus)
+    elif device is not None:
+        topology = _of_device(find_device(device), gpus or DEFAULT_GPUS)
+    else:
+        topology = _local(gpus) or _from_cluster(DEFAULT_CLUSTER, gpus or DEFAULT_GPUS)
+    kind = find_device(device) if device is not None else topology.device
+    if memory is not None:
+        kind = kind.with_memory(parse_bytes(memory))
+    return replace(topology, device=kind)
+
+
+def _of_device(device: Device, gpus: int) -> Topology:
+    levels = (_node(8, device.link / 1e9), _network(device.link / 1e10))
+    return Topology(name=device.name, device=device, gpus=gpus, levels=_fit(levels, gpus))
+
+
+def _local(gpus: int | None) -> Topology | None:
+    device = local_device()
+    if device is None:
+        return None
+    import torch
+
+    # A plan for more GPUs than this machine has is for several machines like it.
+    here = torch.cuda.device_count()
+    levels = (_node(here, device.link / 1e9), _network(device.link / 1e10))
+    count = gpus or here
+    return Topology(name="local", device=device, gpus=count, levels=_fit(levels, count))
+
+
+def _from_cluster(text: str, gpus: int | None) -> Topology:
+    """NAME, NAME:nodes or the path of a TOML file."""
+    if text.endswith(".toml"):
+        return _limit(read_topology(Path(text)), gpus)
+    name, _, nodes = text.partition(":")
+    if name.lower() not in _CLUSTERS:
+        raise UsageError(
+            f"unknown cluster {name!r}; known: {', '.join(CLUSTERS)}, or the path of a .toml file"
+        )
+    device, node, network = _CLUSTERS[name.lower()]
+    if not nodes:
+        count = gpus or node.size
+    elif re.fullmatch(r"[1-9][0-9]{0,3}", nodes) and int(nodes) * node.size <= MAX_GPUS:
+        count = int(nodes) * node.size
+    else:
+        raise UsageError(
+            f"--cluster {text}: {nodes!r} is no number of nodes from 1 to {MAX_GPUS // node.size}"
+        )
+    topology = Topology(
+        name=name.lower(),
+        device=find_device(device),
+        gpus=count,
+        levels=_fit((node, network), count),
+    )
+    return _limit(topology, gpus)
+
+
+def _fit(levels: tuple[Level, ...], gpus: int) -> tuple[Level, ...]:
+    """The levels that so many GPUs need, the last one as large as it must be."""
+    node, network = levels
+    if gpus <= node.size:
+        return (node,)
+    return (node, replace(network, size=-(-gpus // node.size)))
+
+
+def _limit(topology: Topology, gpus: int | None) -> Topology:
+    if gpus is None or gpus == topology.gpus:
+        return topology
+    if gpus > topology.gpus:
+        raise UsageError(
+            f"--gpus {gpus}: {topology.name} has {topology.gpus}; name more nodes or ask for fewer"
+        )
+    return replace(topology, gpus=gpus)
+
+
+class _LevelEntry(Data):
+    name: str
+    size: Count
+    bandwidth: str
+    latency: str = "0us"
+
+
+class _File(Data):
+    """A topology file: device, count, levels from the innermost outwards."""
+
+    name: str | None = None
+    device: str
+    memory: str | None = None
+    count: Annotated[int, Field(ge=1, le=MAX_GPUS)]
+    levels: Annotated[list[_LevelEntry], Field(min_length=1, max_length=8)]
+
+
+def read_topology(path: Path) -> Topology:
+    """A topology from a TOML file; InputFileError names the field that is not valid.
+
+    device = "a100-80"        # a preset's name; memory = "40GiB" overrides its memory
+    count = 16                # devices
+    [[levels]]                # the innermost first
+    name = "node"
+    size = 8                  # members of a group of this level
+    bandwidth = "300GB/s"     # of each member's port, one way
+    latency = "5us"
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputFileError(f"{path}: not TOML: {error}") from None
+    try:
+        file = _File.model_validate(entries)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputFileError(f"{path}: {_field(first['loc'])}: {first['msg']}") from None
+    device = _parsed(path, "device", find_device, file.device)
+    if file.memory is not None:
+        device = _parsed(
+            path, "memory", lambda text: device.with_memory(parse_bytes(text)), file.memory
+        )
+    levels = tuple(
+        Level(
+            name=level.name,
+            size=level.size,
+            bandwidth=_parsed(path, f"levels[{i}].bandwidth", parse_bandwidth, level.bandwidth),
+            latency_s=_parsed(path, f"levels[{i}].latency", parse_seconds, level.latency),
+        )
+        for i, level in enumerate(file.levels)
+    )
+    room = math.prod(level.size for level in levels)
+    if file.count > room:
+        raise InputFileError(f"{path}: count: {file.count} devices, but the levels hold {room}")
+    return Topology(name=file.name or path.stem, device=device, gpus=file.count, levels=levels)
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """('levels', 3, 'size') -> 'levels[3].size'."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
+
+
+def _parsed(path: Path, field: str, parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise InputFileError(f"{path}: {field}: {error}") from None
+
+
+_PER_S = {f"{p}{u}": 1000**i / n for i, p in enumerate("KMGT", 1) for u, n in (("B", 1), ("b", 8))}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+
+
+def parse_bandwidth(text: str) -> float:
+    """'300GB/s' (bytes) or '25Gb/s' (bits), one way, in bytes per second."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT][bB])/s\s*", text, re.ASCII)
+    rate = float(match[1]) * _PER_S[match[2]] if match else 0.0
+    if not 0 < rate < 1e15:
+        raise UsageError(f"{text!r} is no bandwidth; write it like 300GB/s or 25Gb/s, one way")
+    return rate
+
+
+def parse_seconds(text: str) -> float:
+    """'5us', '1.5ms' or '20ns' in seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us|ns)\s*", text, re.ASCII)
+    if not match or not float(match[1]) * _SECONDS[match[2]] < 3600:
+        raise UsageError(f"{text!r} is no latency; write it like 5us or 1.5ms")
+    return float(match[1]) * _SECONDS[match[2]]
