@@ -4,10 +4,12 @@ p2bw compile examples/hf_gpt2.py --gpus 8            # GPT-2 XL, 1.6B parameters
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-# `inputs` is not told which factory built the model: it leaves its configuration here.
+# `inputs` and `targets` are not told which factory built the model: its configuration is here.
 config: GPT2Config
 
 
@@ -35,6 +37,13 @@ def tiny(
 
 
 def inputs(batch_size: int) -> dict[str, Tensor]:
-    """The model returns its own loss when it is given labels; it moves them by one itself."""
-    tokens = torch.randint(config.vocab_size, (batch_size, config.n_positions))
-    return {"input_ids": tokens, "labels": tokens}
+    return {"input_ids": torch.randint(config.vocab_size, (batch_size, config.n_positions))}
+
+
+def targets(batch_size: int) -> tuple[Tensor, ...]:
+    return (torch.randint(config.vocab_size, (batch_size, config.n_positions)),)
+
+
+def loss(outputs: CausalLMOutputWithCrossAttentions, labels: Tensor) -> Tensor:
+    """Without this function and with labels among the inputs, it would be the model's own loss."""
+    return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
