@@ -1,0 +1,170 @@
+"""From an annotated Program to a PlacementProblem: sums over blocks, in plain numbers."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import fx
+
+from p2bw.compiler.plan import Schedule
+from p2bw.compiler.problem import BlockCost, ParameterCost, PlacementProblem, TensorCost
+from p2bw.compiler.program import Attribute, Block, Program, TensorType, tensor_arguments
+from p2bw.compiler.storage import storage_of
+from p2bw.compiler.topology import Topology
+
+
+def placement_problem(
+    program: Program,
+    *,
+    topology: Topology,
+    schedule: Schedule,
+    microbatches: int | None,
+    optimizer: Mapping[TensorType, int],
+) -> PlacementProblem:
+    """What the placement has to know of a program with times and blocks.
+
+    `optimizer` gives the bytes of optimizer state of a parameter of each type; `microbatches` is
+    per update (None: as many as there are stages).
+    """
+    assert program.blocks is not None, "group_blocks has not run"
+    home = {node: block.name for block in program.blocks for node in block.nodes}
+    stash = _stash(program, home)
+    return PlacementProblem(
+        microbatch=program.batch_size,
+        schedule=schedule,
+        microbatches=microbatches,
+        blocks=tuple(_block(program, block, stash[block.name]) for block in program.blocks),
+        parameters=tuple(_parameters(program, home, topology, optimizer)),
+        tensors=tuple(_tensors(program, home)),
+        topology=topology,
+    )
+
+
+def _block(program: Program, block: Block, stash: int) -> BlockCost:
+    nodes = [program.node(name) for name in block.nodes]
+    return BlockCost(
+        name=block.name,
+        forward_s=sum(program.fact(node, "forward_s") for node in nodes),
+        backward_s=sum(program.fact(node, "backward_s") for node in nodes),
+        stash_bytes=stash,
+        transient_bytes=max(transient_bytes(program, node) for node in nodes),
+        buffer_bytes=sum(
+            program.facts[name].out[0].bytes
+            for name in {a.name for node in nodes for a in tensor_arguments(node)}
+            if program.node(name).op == "get_attr"
+            and str(program.node(name).target) not in program.parameters
+        ),
+    )
+
+
+def transient_bytes(program: Program, node: fx.Node) -> int:
+    """What one node holds besides the stash while it runs: its new outputs, or its gradients."""
+    made = sum(
+        kind.bytes
+        for kind, alias in zip(
+            program.facts[node.name].out, program.fact(node, "alias"), strict=True
+        )
+        if alias is None
+    )
+    if not any(program.fact(node, "requires_grad")):
+        return made
+    given = sum(
+        kind.bytes
+        for argument in set(tensor_arguments(node))
+        if argument.op == "call_function"
+        for kind, needed in zip(
+            program.facts[argument.name].out, program.fact(argument, "requires_grad"), strict=True
+        )
+        if needed
+    )
+    return made + given
+
+
+def _stash(program: Program, home: Mapping[str, str]) -> dict[str, int]:
+    """Per block, the storages made there that autograd keeps for any node of the program.
+
+    An upper bound of what a stage keeps: where the reader is in a later stage, the maker's stage
+    need not keep the storage, and the reader's keeps what it received (TensorCost.saved).
+    """
+    kept: dict[tuple[str, str, str, int], int] = {}
+    for node in program.compute_nodes:
+        arguments = tensor_arguments(node)
+        for saved in program.fact(node, "saved"):
+            if saved.kind == "fresh":
+                kept[home[node.name], "fresh", node.name, saved.index] = saved.bytes
+                continue
+            start = (
+                (arguments[saved.index].name, 0)
+                if saved.kind == "input"
+                else (node.name, saved.index)
+            )
+            maker, output = storage_of(program, *start)
+            operation = program.node(maker).op
+            if operation == "call_function":
+                kept[home[maker], "tensor", maker, output] = saved.bytes
+            elif operation == "placeholder":
+                kept[home[node.name], "tensor", maker, output] = saved.bytes
+    totals = dict.fromkeys(home.values(), 0)
+    for (block, *_), size in kept.items():
+        totals[block] += size
+    return totals
+
+
+def _parameters(
+    program: Program,
+    home: Mapping[str, str],
+    topology: Topology,
+    optimizer: Mapping[TensorType, int],
+) -> Iterator[ParameterCost]:
+    for node in program.graph.nodes:
+        if node.op != "get_attr" or str(node.target) not in program.parameters:
+            continue
+        attribute = program.parameters[str(node.target)]
+        blocks = dict.fromkeys(home[user.name] for user in node.users if user.name in home)
+        if not blocks:
+            continue
+        state = optimizer.get(attribute.type, 0) if attribute.trainable else 0
+        yield ParameterCost(
+            name=attribute.name,
+            bytes=attribute.type.bytes,
+            gradient_bytes=attribute.type.bytes if attribute.trainable else 0,
+            optimizer_bytes=state,
+            update_s=_update_s(attribute, state, topology),
+            blocks=tuple(blocks),
+        )
+
+
+def _update_s(attribute: Attribute, state: int, topology: Topology) -> float:
+    """One optimizer step is bound by memory: copy the newest version, then read and write all."""
+    if not attribute.trainable:
+        return 0.0
+    copy, step = 2 * attribute.type.bytes, 3 * attribute.type.bytes + 2 * state
+    return (copy + step) / topology.device.sustained_bandwidth
+
+
+def _tensors(program: Program, home: Mapping[str, str]) -> Iterator[TensorCost]:
+    for node in program.compute_nodes:
+        consumers = dict.fromkeys(home[user.name] for user in node.users if user.name in home)
+        consumers.pop(home[node.name], None)
+        if not consumers:
+            continue
+        (kind,) = program.facts[node.name].out
+        (gradient,) = program.fact(node, "requires_grad")
+        yield TensorCost(
+            name=node.name,
+            producer=home[node.name],
+            consumers=tuple(consumers),
+            bytes=kind.bytes,
+            gradient_bytes=kind.bytes if gradient else 0,
+            # The leaf that collects its gradient lives until the backward, saved or not.
+            saved=gradient or _is_saved(program, node, home),
+        )
+
+
+def _is_saved(program: Program, node: fx.Node, home: Mapping[str, str]) -> bool:
+    for user in node.users:
+        if home.get(user.name) in (None, home[node.name]):
+            continue
+        arguments = tensor_arguments(user)
+        for saved in program.fact(user, "saved"):
+            if saved.kind == "input" and arguments[saved.index] is node:
+                return True
+    return False
