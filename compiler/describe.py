@@ -1,0 +1,206 @@
+"""A placed and cut Program in numbers and names: the stages of the plan."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from p2bw.compiler.lower import transient_bytes
+from p2bw.compiler.plan import Memory, Schedule, Seconds, Stage, TensorSpec, TiedSpec, TransferSpec
+from p2bw.compiler.problem import ParameterCost, PlacementProblem
+from p2bw.compiler.program import Program, TensorType
+from p2bw.compiler.split import StageGraph, Transfer
+from p2bw.compiler.storage import kept_storages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """The decisions of a placement that the description of its stages depends on."""
+
+    schedule: Schedule
+    depth: int
+    microbatches: int  # per update
+    recompute: tuple[bool, ...]
+    devices: tuple[tuple[int, ...], ...]  # rank of each replica of each stage
+
+    def in_flight(self, stage: int) -> int:
+        """Microbatches between their forward and their backward at a stage, at most."""
+        if self.schedule == "gpipe":
+            return self.microbatches
+        return min(self.depth - stage, self.microbatches)
+
+    def versions(self, stage: int) -> int:
+        """Weight versions that a stage holds."""
+        return {"2bw": 2, "stash": self.in_flight(stage)}.get(self.schedule, 1)
+
+
+def describe_stages(
+    program: Program,
+    cut: Sequence[StageGraph],
+    problem: PlacementProblem,
+    pipeline: Pipeline,
+) -> tuple[Stage, ...]:
+    """The stages of the plan: exact bytes from the graph, seconds from the annotated nodes."""
+    random = _random_calls(program)
+    tied = {t.names[0]: t for t in tied_parameters(program, cut)}
+    return tuple(
+        Stage(
+            index=graph.index,
+            blocks=tuple(
+                block.name for block in program.blocks or () if block.nodes[0] in graph.nodes
+            ),
+            modules=tuple(modules_of(program, graph.nodes)),
+            parameters=sum(program.parameters[n].type.elements for n in _held(program, graph)),
+            tied=tuple(n for n in _held(program, graph) if n in tied and len(tied[n].stages) > 1),
+            recompute=pipeline.recompute[graph.index],
+            random=tuple(i for node in graph.nodes for i in random[node]),
+            flops_forward=sum(program.fact(n, "flops_forward") for n in graph.nodes),
+            flops_backward=sum(program.fact(n, "flops_backward") for n in graph.nodes),
+            compute_s=_seconds(program, graph, problem, pipeline),
+            memory=_memory(program, graph, problem, pipeline),
+            inputs=graph.inputs,
+            arguments=graph.arguments,
+            results=graph.results,
+            receives=tuple(_transfer(t, t.producer) for t in graph.receives),
+            sends=tuple(_transfer(t, t.consumer) for t in graph.sends),
+            devices=pipeline.devices[graph.index],
+        )
+        for graph in cut
+    )
+
+
+def tensor_spec(name: str, kind: TensorType) -> TensorSpec:
+    return TensorSpec(name=name, shape=kind.shape, dtype=str(kind.dtype).removeprefix("torch."))
+
+
+def _transfer(transfer: Transfer, peer: int) -> TransferSpec:
+    spec = tensor_spec(transfer.tensor, transfer.type)
+    return TransferSpec(
+        tensor=spec.name,
+        peer=peer,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        bytes=transfer.type.bytes,
+        gradient=transfer.gradient,
+    )
+
+
+def _held(program: Program, graph: StageGraph) -> tuple[str, ...]:
+    """Canonical names of the parameters that a stage holds."""
+    targets = (str(program.node(name).target) for name in graph.attributes)
+    return tuple(target for target in targets if target in program.parameters)
+
+
+def tied_parameters(program: Program, cut: Iterable[StageGraph]) -> tuple[TiedSpec, ...]:
+    """Parameters with several names, or on several stages."""
+    stages: dict[str, list[int]] = {}
+    for graph in cut:
+        for name in _held(program, graph):
+            stages.setdefault(name, []).append(graph.index)
+    return tuple(
+        TiedSpec(
+            names=program.parameters[name].names,
+            stages=tuple(where),
+            bytes=program.parameters[name].type.bytes,
+        )
+        for name, where in stages.items()
+        if len(where) > 1 or len(program.parameters[name].names) > 1
+    )
+
+
+def _random_calls(program: Program) -> Mapping[str, range]:
+    """Which of the program's seeded random operator calls each node makes."""
+    calls, first = {}, 0
+    for node in program.compute_nodes:
+        count = program.fact(node, "random_calls")
+        calls[node.name] = range(first, first + count)
+        first += count
+    return calls
+
+
+def _costs(program: Program, graph: StageGraph, problem: PlacementProblem) -> list[ParameterCost]:
+    held = set(_held(program, graph))
+    return [cost for cost in problem.parameters if cost.name in held]
+
+
+def _seconds(
+    program: Program, graph: StageGraph, problem: PlacementProblem, pipeline: Pipeline
+) -> Seconds:
+    forward = sum(program.fact(n, "forward_s") for n in graph.nodes)
+    update = sum(cost.update_s for cost in _costs(program, graph, problem))
+    return Seconds(
+        forward=forward,
+        backward=sum(program.fact(n, "backward_s") for n in graph.nodes),
+        recompute=forward if pipeline.recompute[graph.index] else 0.0,
+        update=update / pipeline.microbatches,
+    )
+
+
+def _memory(
+    program: Program, graph: StageGraph, problem: PlacementProblem, pipeline: Pipeline
+) -> Memory:
+    costs = _costs(program, graph, problem)
+    in_flight = pipeline.in_flight(graph.index)
+    kept, given = _kept_bytes(program, graph)
+    if pipeline.recompute[graph.index]:
+        stash = in_flight * given + kept
+    else:
+        stash = in_flight * (kept + given)
+    buffers = _transfer_buffers(graph) + sum(
+        program.facts[name].out[0].bytes
+        for name in graph.attributes
+        if str(program.node(name).target) not in program.parameters
+    )
+    device = problem.topology.device
+    parts = {
+        "weights": sum(c.bytes for c in costs) * pipeline.versions(graph.index),
+        "gradients": sum(c.gradient_bytes for c in costs),
+        "optimizer": sum(c.optimizer_bytes for c in costs),
+        "stash": stash,
+        "buffers": buffers,
+        "transient": max(transient_bytes(program, program.node(name)) for name in graph.nodes),
+        "reserve": device.reserve_bytes,
+    }
+    return Memory(**parts, total=sum(parts.values()), limit=device.memory_bytes)
+
+
+def _kept_bytes(program: Program, graph: StageGraph) -> tuple[int, int]:
+    """Bytes kept of one microbatch: made in the stage; given to it (received, or its inputs)."""
+    nodes = frozenset(graph.nodes)
+    given = {t.tensor: t.type.bytes for t in graph.receives if t.gradient}
+    made = 0
+    for (kind, maker, _), size in dict(kept_storages(program, nodes)).items():
+        if kind == "tensor" and maker not in nodes:
+            given[maker] = size
+        else:
+            made += size
+    return made, sum(given.values())
+
+
+def _transfer_buffers(graph: StageGraph) -> int:
+    """A receive buffer posted ahead and a send under way, for every edge and each direction."""
+    return sum(t.type.bytes * (2 if t.gradient else 1) for t in (*graph.receives, *graph.sends))
+
+
+def modules_of(program: Program, nodes: Sequence[str]) -> Iterator[str]:
+    """The largest modules that `nodes` hold whole, then what else they touch, for people.
+
+    Glue that belongs to a module of which only a part is here (the residual additions of a layer
+    that was cut) goes without saying, unless there is nothing else to say.
+    """
+    inside = set(nodes)
+    members: dict[str, list[str]] = {}
+    for node in program.compute_nodes:
+        for scope in program.facts[node.name].scopes:
+            members.setdefault(scope.path, []).append(node.name)
+    whole = {path for path, names in members.items() if path and inside.issuperset(names)}
+    labels: dict[str, None] = {}
+    partial: dict[str, None] = {}
+    for name in nodes:
+        scopes = program.facts[name].scopes
+        path = next((scope.path for scope in scopes if scope.path in whole), None)
+        if path is not None:
+            labels[path] = None
+        elif not scopes:
+            labels["loss"] = None
+        elif scopes[-1].path:
+            partial[f"{scopes[-1].path} (part)"] = None
+    yield from labels or partial or {"(glue)": None}
