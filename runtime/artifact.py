@@ -1,0 +1,127 @@
+"""The files of an artifact: its model file, and its stages as modules with the model's weights."""
+
+import hashlib
+import importlib.abc
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2bw.runtime.errors import InputFileError, MismatchError, ModelError
+from p2bw.runtime.modelfile import ModelFile, load_model_file
+from p2bw.runtime.plan import Plan, read_plan
+
+
+def find_model_file(artifact: Path, model: Path | None = None) -> ModelFile:
+    """Load the model file that an artifact was compiled from.
+
+    It is `model` if given, else the file of that name from here, else the copy in the artifact;
+    its bytes must be those that were compiled.
+    """
+    plan = read_plan(artifact)
+    copy = artifact / "source" / Path(plan.model_file).name
+    candidates = [model] if model else [Path(plan.model_file), copy]
+    found = [path for path in candidates if path.is_file()]
+    for path in found:
+        if hashlib.sha256(path.read_bytes()).hexdigest() == plan.model_sha256:
+            return load_model_file(path, plan.factory, plan.settings)
+    if model and not found:
+        return load_model_file(model)  # says what is wrong with the path
+    if found:
+        raise MismatchError(
+            f"{found[0]} is not the file that {artifact} was compiled from "
+            f"(SHA-256 {plan.model_sha256[:12]}...); compile it anew"
+        )
+    raise MismatchError(
+        f"the model file {plan.model_file} of {artifact} is not here; give its place with --model"
+    )
+
+
+def stage_path(artifact: Path, index: int) -> Path:
+    return artifact / "stages" / f"stage_{index}.py"
+
+
+def load_stage(artifact: Path, index: int) -> nn.Module:
+    """A new Stage from an artifact's stage file, with weights that mean nothing yet."""
+    path = stage_path(artifact, index)
+    name = f"_p2bw_stage_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    loader = _Source(path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+        with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+            stage = module.Stage()
+    except FileNotFoundError:
+        raise InputFileError(f"{artifact} has no stages/{path.name}; compile it anew") from None
+    except Exception as error:
+        raise ModelError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(stage, nn.Module):
+        raise ModelError(f"stages/{path.name}: Stage() is no torch.nn.Module")
+    return stage.train()
+
+
+class _Source(importlib.abc.SourceLoader):
+    """Imports a file without a bytecode cache: a stage edited a moment ago must never be stale."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return self.path.read_bytes()
+
+
+def _place(path: Path, error: Exception) -> str:
+    """stages/stage_1.py:52, the line of the stage file that an error came from."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    return f"stages/{path.name}:{lines[-1]}" if lines else f"stages/{path.name}"
+
+
+def copy_state(model: nn.Module, stage: nn.Module) -> None:
+    """Give a stage the whole model's parameters and buffers, by their qualified names.
+
+    A constant that the stage code makes itself is no attribute of the model and stays as it is.
+    """
+    parameters = {name for name, _ in stage.named_parameters()}
+    with torch.no_grad():
+        for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
+            value = _lookup(model, name)
+            if value is None:
+                if name in parameters:
+                    raise MismatchError(f"the stage has {name!r}, which the model has not")
+                continue
+            if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                raise MismatchError(
+                    f"{name!r} is {value.dtype} {list(value.shape)} in the model, "
+                    f"{tensor.dtype} {list(tensor.shape)} in the stage"
+                )
+            tensor.copy_(value)
+            tensor.requires_grad_(value.requires_grad)
+
+
+def _lookup(model: nn.Module, name: str) -> Tensor | None:
+    owner: Any = model
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, Tensor) else None
+
+
+def digests(artifact: Path, plan: Plan) -> dict[str, str]:
+    """SHA-256 of every file that the ranks must have in common."""
+    found = {"plan.json": plan.sha256, "the model file": plan.model_sha256}
+    for stage in plan.stages:
+        path = stage_path(artifact, stage.index)
+        content = path.read_bytes() if path.is_file() else b""
+        found[f"stages/{path.name}"] = hashlib.sha256(content).hexdigest()
+    return found
