@@ -114,11 +114,12 @@ def _call(
     saw = _observe(program, node, inputs, observed)
     values = tuple(_link(node, output, inputs) for output in saw.outputs)
     mutates = _mutates(node)
-    if any(value.meta.requires_grad for value in values):
-        # What is written in place with something that needs a gradient needs one from now on,
-        # and so does each view of the same base.
-        for view in (view for index in mutates for view in inputs[index].views):
-            view.meta = replace(view.meta, requires_grad=True)
+    for value, output in zip(values, saw.outputs, strict=True):
+        if output.alias in mutates and value.meta.requires_grad:
+            # What is written in place with something that needs a gradient needs one from now on,
+            # and so does each view of the same base.
+            for view in value.views:
+                view.meta = replace(view.meta, requires_grad=True)
     alias = tuple(output.alias for output in saw.outputs)
     return _Result(values, saw.structure, alias, mutates, saw.saved, saw.random_calls)
 
@@ -198,12 +199,14 @@ def _run(node: fx.Node, call: Call) -> _Observation:
     for tensor, meta in zip(tensors, call.tensors, strict=True):
         tensor.untyped_storage().resize_(meta.storage_bytes)
     kept: list[Tensor] = []
+    # Fake oneDNN recurrent layers keep a workspace of no size; the plain ones keep true tensors.
+    plain = torch.backends.mkldnn.flags(enabled=False)
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), _CountRandom() as random:
+    with plain, saved_tensors_hooks(pack, lambda tensor: tensor), _CountRandom() as random:
         result = invoke(node, tensors, "cpu")
     results = list(flatten_tensors(result))
     owner = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}

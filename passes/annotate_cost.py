@@ -113,11 +113,10 @@ def _measure(node: fx.Node, call: Call, needed: tuple[bool, ...]) -> tuple[int, 
         ends = [
             out for out, need in zip(outputs, needed, strict=True) if need and out.requires_grad
         ]
+        gradients = [torch.empty_like(end) for end in ends]
         if ends and inputs.leaves:
             with traffic:
-                torch.autograd.grad(
-                    ends, inputs.leaves, list(map(torch.empty_like, ends)), allow_unused=True
-                )
+                torch.autograd.grad(ends, inputs.leaves, gradients, allow_unused=True)
     return forward, counter.get_total_flops() - forward, traffic.bytes
 
 

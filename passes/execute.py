@@ -57,7 +57,7 @@ def _freeze(value: Any) -> Hashable:
 
 
 class _Source(torch.autograd.Function):
-    """A tensor that was computed: like its leaf, but no leaf, so that it can be written in place."""
+    """Makes a tensor like its leaf that counts as computed: it may be written in place."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Contract a weighted directed acyclic graph along edges that cannot close a cycle."""
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+_DUST = 1 / 16  # of the limit: what is smaller may join a block that is full already
+
+
+class UnionFind:
+    """Disjoint sets of 0 .. count-1."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def find(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def union(self, a: int, b: int) -> int:
+        """Join two sets; the smaller of the two representatives stands for both."""
+        a, b = sorted((self.find(a), self.find(b)))
+        self._parent[b] = a
+        return a
+
+    def groups(self) -> Iterator[tuple[int, ...]]:
+        """The sets, by their smallest member; members ascending."""
+        members: dict[int, list[int]] = {}
+        for item in range(len(self._parent)):
+            members.setdefault(self.find(item), []).append(item)
+        return (tuple(found) for found in members.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a cut across an edge would cost: bytes that are alive there, and how they lie."""
+
+    bytes: int
+    strided: bool  # a tensor that is not contiguous would have to cross
+
+    def __or__(self, other: "Cut") -> "Cut":
+        return Cut(min(self.bytes, other.bytes), self.strided or other.strided)
+
+
+Size = tuple[float, ...]  # shares of several resources, each of a total of 1
+
+
+@dataclass(slots=True)
+class Contraction:
+    """A graph on 0 .. n-1 (numbered in a topological order) while its nodes are being merged."""
+
+    sizes: list[Size]
+    cuts: Mapping[tuple[int, int], Cut]
+    joined: UnionFind = field(init=False)
+    _after: list[dict[int, Cut]] = field(init=False)
+    _before: list[set[int]] = field(init=False)
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.count = len(self.sizes)
+        self.joined = UnionFind(self.count)
+        self._after = [{} for _ in self.sizes]
+        self._before = [set() for _ in self.sizes]
+        for (u, v), cut in self.cuts.items():
+            self._after[u][v] = cut
+            self._before[v].add(u)
+
+    def run(self, limit: float) -> None:
+        """Merge along safe edges, costliest cut first, while no share of a node passes `limit`.
+
+        Contracting u -> v is safe if v is u's only successor or u is v's only predecessor: no
+        other path leads from u to v. The second kind gives up the cut right behind u, which the
+        other successors still need, so it is only done to get rid of dust.
+        """
+        heap = [self._key(u, v) for u, after in enumerate(self._after) for v in after]
+        heapq.heapify(heap)
+        while heap:
+            key = heapq.heappop(heap)
+            u, v = key[-2:]
+            if v not in self._after[u] or key != self._key(u, v):
+                continue  # merged or changed since; if changed, the new key is in the heap
+            if self._mergeable(u, v, limit):
+                for edge in self._merge(u, v):
+                    heapq.heappush(heap, self._key(*edge))
+
+    def _key(self, u: int, v: int) -> tuple[bool, int, bool, int, int]:
+        cut = self._after[u][v]
+        return (len(self._after[u]) > 1, -cut.bytes, not cut.strided, u, v)
+
+    def _mergeable(self, u: int, v: int, limit: float) -> bool:
+        dust = self._is_dust(u, limit) or self._is_dust(v, limit)
+        if len(self._after[u]) == 1:
+            sums = (a + b for a, b in zip(self.sizes[u], self.sizes[v], strict=True))
+            return dust or max(sums) <= limit
+        return len(self._before[v]) == 1 and dust
+
+    def _is_dust(self, node: int, limit: float) -> bool:
+        return max(self.sizes[node]) <= _DUST * limit
+
+    def _merge(self, u: int, v: int) -> Iterable[tuple[int, int]]:
+        """Merge two nodes into one of them; the edges whose keys have changed."""
+        del self._after[u][v]
+        self._before[v].remove(u)
+        keep = self.joined.union(u, v)
+        drop = v if keep == u else u
+        self.count -= 1
+        self.sizes[keep] = tuple(
+            a + b for a, b in zip(self.sizes[keep], self.sizes[drop], strict=True)
+        )
+        for w, cut in self._after[drop].items():
+            known = self._after[keep].get(w)
+            self._after[keep][w] = cut if known is None else cut | known
+            self._before[w].remove(drop)
+            self._before[w].add(keep)
+        for w in self._before[drop]:
+            cut = self._after[w].pop(drop)
+            known = self._after[w].get(keep)
+            self._after[w][keep] = cut if known is None else cut | known
+            self._before[keep].add(w)
+        self._after[drop] = {}
+        self._before[drop] = set()
+        return [(keep, w) for w in self._after[keep]] + [(w, keep) for w in self._before[keep]]
