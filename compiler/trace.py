@@ -5,139 +5,185 @@ and gradients bit-equal to eager, and its cost does not depend on the size of th
 training graph that it yields is kept as it is: decomposing it breaks the training of BatchNorm.
 """
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+import inspect
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from p2bw.compiler.program import Attribute, NodeFacts, Program, Scope, TensorType
+from p2bw.compiler.build import build, build_real
+from p2bw.compiler.flatten import LostConstantError, flatten
+from p2bw.compiler.program import Program
+from p2bw.compiler.trace_errors import explain, refuse_custom_functions
+from p2bw.runtime.errors import ModelError
+from p2bw.runtime.microbatch import describe, map_tensors, seeded
 from p2bw.runtime.modelfile import ModelFile
 
-_ROOT = "model"  # name of the user's model inside the traced step
 
+class Step(nn.Module):
+    """Forward and loss of one microbatch: what is traced. Takes the microbatch's tensors, flat."""
 
-class _Step(nn.Module):
-    """Forward and loss of one microbatch: what is traced."""
-
-    def __init__(self, model: nn.Module, loss: Any) -> None:
+    def __init__(
+        self,
+        file: ModelFile,
+        model: nn.Module,
+        microbatch: Any,
+        observe: Callable[[Tensor], None],
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.loss = loss
+        self.model = model  # flatten() knows this name
+        self.file = file
+        self.microbatch = microbatch  # (inputs, targets), for all that is not a tensor
+        self.observe = observe
 
-    def forward(self, inputs: Any, targets: Any) -> torch.Tensor:
-        outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(*inputs)
-        if self.loss is not None:
-            outputs = self.loss(outputs, *targets)
-        return outputs if isinstance(outputs, torch.Tensor) else outputs.loss
+    def forward(self, *tensors: Tensor) -> Tensor:
+        feed = iter(tensors)
+        inputs, targets = map_tensors(self.microbatch, lambda *_: next(feed))
+        buffers = dict(self.model.named_buffers())
+        loss = self.file.call(self.model, inputs, targets)
+        _write_back(self.model, buffers)
+        self.observe(loss)
+        return loss
+
+
+def _write_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Turn `self.buffer = new` in the user's forward into a write, which a graph can hold."""
+    for name, old in before.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        new = owner._buffers.get(attribute)
+        if new is old:
+            continue
+        if new is None or new.shape != old.shape or new.dtype != old.dtype:
+            raise ModelError(
+                f"forward replaces the buffer {name} by {describe(new)} of another shape or "
+                f"dtype; a buffer must keep its shape and dtype"
+            )
+        with torch.no_grad():
+            old.copy_(new)
+        owner._buffers[attribute] = old
 
 
 def trace(file: ModelFile, batch_size: int) -> Program:
-    """Trace one training step for a microbatch of `batch_size` samples; no weights are allocated."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = file.model()
-        inputs = file.inputs(batch_size)
-        targets = file.targets(batch_size)
-    if isinstance(inputs, torch.Tensor):
-        inputs = (inputs,)
-    if isinstance(targets, torch.Tensor):
-        targets = (targets,)
-    step = _Step(model, file.function("loss"))
-    exported = torch.export.export(step, (inputs, targets), strict=False)
-    module = exported.module(check_guards=False)
-    return _to_program(module, model, batch_size)
+    """Trace one training step for a microbatch of `batch_size` samples, without any weights."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with seeded("model"):
+        model = build(file, mode)
+    with seeded("inputs"):
+        microbatch = file.inputs(batch_size), file.targets(batch_size)
+    try:
+        return _trace(file, batch_size, mode, model, microbatch)
+    except LostConstantError as lost:
+        problem = ModelError(str(lost))
+    with seeded("model"):
+        model = build_real(file, mode, problem)
+    try:
+        return _trace(file, batch_size, mode, model, microbatch)
+    except LostConstantError as lost:
+        raise ModelError(str(lost)) from None
 
 
-def _to_program(module: fx.GraphModule, model: nn.Module, batch_size: int) -> Program:
-    attributes = {name: a for a in _attributes(model) for name in a.names}
-    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    graph = fx.Graph()
-    facts: dict[str, NodeFacts] = {}
-    inputs: dict[str, TensorType] = {}
-    parameters: dict[str, Attribute] = {}
-    buffers: dict[str, Attribute] = {}
-    constants: dict[str, torch.Tensor] = {}
-    env: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            name = str(node.target).removeprefix(f"{_ROOT}.")
-            if name not in attributes:
-                constants[name] = _lookup(module, str(node.target))
-                out = (TensorType(tuple(constants[name].shape), constants[name].dtype),)
-            else:
-                attribute = attributes[name]
-                name = attribute.name
-                (parameters if name in parameter_names else buffers)[name] = attribute
-                out = (attribute.type,)
-            new = graph.create_node("get_attr", name, name=node.name.removeprefix(f"{_ROOT}_"))
-            facts[new.name] = NodeFacts(out=out)
-        elif node.op == "output":
-            ((loss,),) = (node.args[0],)
-            new = graph.output(env[loss])
-            facts[new.name] = NodeFacts()
-        else:
-            new = graph.node_copy(node, env.__getitem__)
-            facts[new.name] = NodeFacts(
-                scopes=_scopes(node), out=tuple(_types(node.meta.get("val"))), source=""
-            )
-            if node.op == "placeholder":
-                inputs[new.name] = facts[new.name].out[0]
-        env[node] = new
-    return Program(
-        graph=graph,
-        model_name=type(model).__name__,
-        batch_size=batch_size,
-        inputs=MappingProxyType(inputs),
-        parameters=MappingProxyType(parameters),
-        buffers=MappingProxyType(buffers),
-        constants=MappingProxyType(constants),
-        facts=MappingProxyType(facts),
-        history=("trace",),
-    )
+def _trace(
+    file: ModelFile, batch_size: int, mode: FakeTensorMode, model: nn.Module, microbatch: Any
+) -> Program:
+    tensors: list[Tensor] = []
+    names: list[str] = []
+
+    def keep(name: str, tensor: Tensor) -> None:
+        names.append(name)
+        tensors.append(mode.from_tensor(tensor.detach()))
+
+    inputs, targets = microbatch
+    _name(inputs, _parameters(model.forward), keep, "input")
+    loss = file.function("loss")
+    if loss is not None and targets is not None:
+        takes = loss.forward if isinstance(loss, nn.Module) else loss
+        _name(targets, _parameters(takes)[1:], keep, "target")
+
+    losses: list[Tensor] = []
+    step = Step(file, model, microbatch, losses.append)
+    with _quiet(), refuse_custom_functions(file.code), _frozen_randomness(file):
+        try:
+            exported = torch.export.export(step, tuple(tensors), strict=False)
+        except Exception as error:
+            raise explain(error, step, mode, names, tensors) from error
+    _check_loss(file, losses[0])
+    return flatten(exported, file, model, batch_size, names)
 
 
-def _attributes(model: nn.Module) -> Iterator[Attribute]:
-    """Parameters and buffers with all the names under which the model knows them."""
-    named: dict[int, tuple[torch.Tensor, list[str]]] = {}
-    tensors = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in tensors:
-        named.setdefault(id(tensor), (tensor, []))[1].append(name)
-    state = model.state_dict().keys()
-    for tensor, names in named.values():
-        yield Attribute(
-            names=tuple(names),
-            type=TensorType(tuple(tensor.shape), tensor.dtype),
-            trainable=tensor.requires_grad,
-            persistent=names[0] in state,
+def _name(
+    value: Any, parameters: list[str], keep: Callable[[str, Tensor], None], default: str
+) -> None:
+    """Name the tensors of inputs or targets as the function that takes them does."""
+    if isinstance(value, Mapping):
+        map_tensors(value, keep)
+        return
+    for index, item in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
+        map_tensors(item, keep, parameters[index] if index < len(parameters) else default)
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that positional arguments go to."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _check_loss(file: ModelFile, loss: Tensor) -> None:
+    where = file.path.name
+    if loss.shape != ():
+        raise ModelError(
+            f"{where}: the loss has shape {list(loss.shape)}, but must be a scalar; "
+            f"take its mean or sum, such as loss.mean()"
+        )
+    if not loss.dtype.is_floating_point:
+        raise ModelError(f"{where}: the loss is {loss.dtype}, which has no gradient")
+    if not loss.requires_grad:
+        raise ModelError(
+            f"{where}: the loss does not depend on any trainable parameter; is it computed under "
+            f"torch.no_grad(), from a detached tensor, or is every parameter frozen?"
         )
 
 
-def _lookup(module: nn.Module, target: str) -> torch.Tensor:
-    owner: Any = module
-    for part in target.split("."):
-        owner = getattr(owner, part)
-    assert isinstance(owner, torch.Tensor)
-    return owner
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's warnings and logs, and the user's prints, away from the terminal."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
-def _scopes(node: fx.Node) -> tuple[Scope, ...]:
-    scopes = []
-    for key, (path, type_name) in (node.meta.get("nn_module_stack") or {}).items():
-        if path == _ROOT or path.startswith(f"{_ROOT}."):
-            _, _, call = key.partition("@")
-            path = path.partition("@")[0].removeprefix(_ROOT).removeprefix(".")
-            scopes.append(Scope(path, type_name, int(call or 0)))
-    return tuple(scopes)
+@contextmanager
+def _frozen_randomness(file: ModelFile) -> Iterator[None]:
+    """Refuse a forward that draws Python or NumPy random numbers: a trace would freeze them."""
+    numpy: Any = sys.modules.get("numpy")
 
+    def states() -> Iterable[tuple[str, Any]]:
+        yield "Python's random", random.getstate()
+        if numpy:
+            kind, key, *rest = numpy.random.get_state()
+            yield "numpy.random", (kind, key.tobytes(), *rest)
 
-def _types(value: Any) -> Iterator[TensorType]:
-    if isinstance(value, torch.Tensor):
-        yield TensorType(tuple(value.shape), value.dtype)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _types(item)
+    before = list(states())
+    yield
+    for (name, old), (_, new) in zip(before, states(), strict=True):
+        if old != new:
+            raise ModelError(
+                f"{file.path.name}: forward draws numbers from {name}, which a compiled program "
+                f"would repeat for ever; draw them with torch instead (torch.rand)"
+            )

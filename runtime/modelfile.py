@@ -7,11 +7,9 @@ import inspect
 import linecache
 import math
 import os
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -21,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from p2bw.runtime.errors import ModelError, UsageError
+from p2bw.runtime.microbatch import apply, describe, flatten_microbatch, seeded
 from p2bw.runtime.usercode import UserCode
 
 Setting = str | int | float | bool | None
 
-_PLAIN = (str, int, float, bool, complex, bytes, torch.dtype, torch.device, type(None))
+__all__ = ["ModelFile", "Setting", "flatten_microbatch", "load_model_file", "parse_settings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +40,19 @@ class ModelFile:
     module: ModuleType
     code: UserCode
     source: bytes
+    _ran: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    flatten_microbatch = staticmethod(flatten_microbatch)
 
     def model(self) -> nn.Module:
         """A new model, in training mode, from the user's factory and settings."""
         factory = getattr(self.module, self.factory)
         with self.code.running(f"{self.factory}()"):
             built = factory(**self.settings)
+            self._ran.add(self.factory)
             if not isinstance(built, nn.Module):
                 raise ModelError(
-                    f"{self.path.name}: {self.factory}() returned {_describe(built)}, "
+                    f"{self.path.name}: {self.factory}() returned {describe(built)}, "
                     f"not a torch.nn.Module; return the model itself"
                 )
             return built.train()
@@ -64,15 +67,15 @@ class ModelFile:
 
     def call(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
         """The training step of one microbatch, forward and loss: the one definition of it."""
-        loss = _apply(model, inputs)
+        loss = apply(model, inputs)
         if function := self.function("loss"):
-            loss = _apply(function, () if targets is None else targets, loss)
+            loss = apply(function, () if targets is None else targets, loss)
         elif not isinstance(loss, Tensor):
             loss = loss.get("loss") if isinstance(loss, Mapping) else getattr(loss, "loss", None)
         if isinstance(loss, Tensor):
             return loss
         raise ModelError(
-            f"{self.path.name}: loss() returned {_describe(loss)}, not a scalar tensor"
+            f"{self.path.name}: loss() returned {describe(loss)}, not a scalar tensor"
             if function
             else f"{self.path.name}: the model returned no loss, and the file has no loss(); "
             f"write loss(outputs, *targets) and targets(batch_size), or give the model its labels "
@@ -89,7 +92,7 @@ class ModelFile:
         if isinstance(made, torch.optim.Optimizer):
             return made
         raise ModelError(
-            f"{self.path.name}: optimizer() returned {_describe(made)}, not a torch.optim.Optimizer"
+            f"{self.path.name}: optimizer() returned {describe(made)}, not a torch.optim.Optimizer"
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -102,7 +105,7 @@ class ModelFile:
         if made is None or callable(getattr(made, "step", None)):
             return made
         raise ModelError(
-            f"{self.path.name}: scheduler() returned {_describe(made)}; return a schedule of "
+            f"{self.path.name}: scheduler() returned {describe(made)}; return a schedule of "
             f"torch.optim.lr_scheduler, or None"
         )
 
@@ -112,11 +115,13 @@ class ModelFile:
         Synthetic microbatch i depends on the seed and i alone, so every process sees the same.
         A user's iterator may end; it yields bare inputs when the file has no targets().
         """
+        self._run_factory()
         function = self.function("data")
         if function is None:
             for index in count():
-                with _seeded(f"{seed}:{index}"):
-                    yield self.inputs(batch_size), self.targets(batch_size)
+                with seeded(f"{seed}:{index}"):
+                    microbatch = self.inputs(batch_size), self.targets(batch_size)
+                yield microbatch
         with self.code.running("data()"):
             microbatches = iter(function(batch_size, seed))  # type: ignore[misc]
         with_targets = self.function("targets") is not None
@@ -131,7 +136,7 @@ class ModelFile:
                 yield microbatch[0], microbatch[1]
             else:
                 raise ModelError(
-                    f"{self.path.name}: data() yielded {_describe(microbatch)} as microbatch "
+                    f"{self.path.name}: data() yielded {describe(microbatch)} as microbatch "
                     f"{index}; yield (inputs, targets)"
                 )
 
@@ -143,7 +148,18 @@ class ModelFile:
         """Of the file's bytes as they were run."""
         return hashlib.sha256(self.source).hexdigest()
 
+    def _run_factory(self) -> None:
+        """A factory may leave sizes in globals that inputs() reads: it always runs before them."""
+        if self.factory not in self._ran:
+            with seeded("factory"):
+                try:
+                    with torch.device("meta"):
+                        self.model()
+                except ModelError:  # it needs values: the real thing, or its own error
+                    self.model()
+
     def _example(self, name: str, batch_size: int) -> Any:
+        self._run_factory()
         with self.code.running(f"{name}({batch_size})"):
             example = getattr(self.module, name)(batch_size)
         try:
@@ -151,44 +167,6 @@ class ModelFile:
         except ModelError as error:
             raise ModelError(f"{self.path.name}: {name}({batch_size}): {error}") from None
         return example
-
-
-def map_tensors(value: Any, function: Callable[[str, Tensor], Any], name: str = "") -> Any:
-    """Rebuild nested tuples, lists and dicts with `function(name, tensor)` in place of tensors.
-
-    The order of calls defines the order of a program's inputs. A name is the innermost dict key
-    above the tensor, else `name`.
-    """
-    if isinstance(value, Tensor):
-        return function(name, value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(item, function, str(key)) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(item, function, name) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, _PLAIN):
-        return value
-    raise ModelError(
-        f"holds {_describe(value)}; use tensors, in tuples, lists or dicts, and plain Python values"
-    )
-
-
-def flatten_microbatch(inputs: Any, targets: Any) -> tuple[Tensor, ...]:
-    """All tensors of a microbatch, in the order of `Program.inputs`.
-
-    Values that are not tensors (None, numbers, strings) are constants of the compiled program.
-    """
-    tensors: list[Tensor] = []
-    map_tensors((inputs, targets), lambda _, tensor: tensors.append(tensor))
-    return tuple(tensors)
-
-
-def _apply(function: Callable[..., Any], arguments: Any, *first: Any) -> Any:
-    if isinstance(arguments, Mapping):
-        return function(*first, **arguments)
-    if isinstance(arguments, (tuple, list)):
-        return function(*first, *arguments)
-    return function(*first, arguments)
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Setting]:
@@ -310,7 +288,7 @@ def _check_factory(file: ModelFile) -> None:
         cure = f"; it has {', '.join(own)}: name one as {name}:{near[0]}" if own else ""
         raise ModelError(f"{name} has no {file.factory}(){cure or '; define it'}")
     if not callable(factory):
-        raise ModelError(f"{name}: {file.factory} is {_describe(factory)}, not a function")
+        raise ModelError(f"{name}: {file.factory} is {describe(factory)}, not a function")
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError):
@@ -335,7 +313,7 @@ def _check_functions(file: ModelFile) -> None:
     for function in ("inputs", "targets", "loss", "optimizer", "scheduler", "data"):
         value = file.function(function)
         if value is not None and not callable(value):
-            raise ModelError(f"{name}: {function} is {_describe(value)}, not a function")
+            raise ModelError(f"{name}: {function} is {describe(value)}, not a function")
     if file.function("inputs") is None:
         raise ModelError(
             f"{name} has no inputs(batch_size); define it to return one microbatch of example "
@@ -367,32 +345,3 @@ def _functions(module: ModuleType) -> list[str]:
         and getattr(value, "__module__", None) == module.__name__
         and name not in ("inputs", "targets", "loss", "optimizer", "scheduler", "data")
     ]
-
-
-def _describe(value: object) -> str:
-    if value is None:
-        return "None"
-    kind = type(value)
-    name = (
-        kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    )
-    return f"a {name}"
-
-
-@contextmanager
-def _seeded(key: str) -> Iterator[None]:
-    """Seed every generator that user code draws from, and put all of them back after."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            if numpy:
-                numpy.random.set_state(states[1])

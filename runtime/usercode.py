@@ -16,7 +16,14 @@ from p2bw.runtime.errors import ModelError, P2BWError
 
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent.parent)
+_ROOT = Path(__file__).parent.parent
+# In a checkout the subpackages lie beside other folders, such as examples/.
+_OURS = (
+    (_ROOT,)
+    if _ROOT.name == "p2bw"
+    else tuple(_ROOT / part for part in ("cli", "compiler", "passes", "runtime"))
+)
+_NOT_THE_USERS = tuple(f"{directory}{os.sep}" for directory in (*_OURS, _TORCH))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +52,14 @@ class UserCode:
         return (
             file.startswith(self.directory + os.sep)
             and not _is_installed(file)
-            and not file.startswith((_OURS + os.sep, _TORCH + os.sep))
+            and not file.startswith(_NOT_THE_USERS)
         )
 
     def line(self, file: str, number: int) -> Line | None:
         """A line of the user's own or of a library of models; None for torch, Python and us."""
         if self.owns(file):
             return Line(file, number, Path(os.path.relpath(file, self.directory)).as_posix())
-        if file.startswith((_OURS + os.sep, _TORCH + os.sep, "<")):
+        if file.startswith((*_NOT_THE_USERS, "<")):
             return None
         if file.startswith(_STDLIB + os.sep) and not _is_installed(file):
             return None
