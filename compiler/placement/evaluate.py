@@ -1,0 +1,286 @@
+"""evaluate: the exact numbers of one placement. Every solver's result is judged by it alone."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from p2bw.compiler.placement.instance import PS, Edge, Instance
+
+Layout = Literal["stage-major", "pipeline-major"]
+LAYOUTS: tuple[Layout, ...] = ("stage-major", "pipeline-major")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the pipelines lie on the ranks.
+
+    stage-major: the replicas of a stage have adjacent ranks; pipeline-major: the stages of a
+    replica have.
+    """
+
+    depth: int
+    width: int
+    layout: Layout = "stage-major"
+
+    def rank(self, stage: int, replica: int) -> int:
+        if self.layout == "stage-major":
+            return stage * self.width + replica
+        return replica * self.depth + stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageNumbers:
+    """Compute per microbatch and peak memory of one stage; `update_s` is a step's share."""
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float
+    update_s: float
+    weights: int
+    gradients: int
+    optimizer: int
+    stash: int
+    buffers: int
+    transient: int
+    reserve: int
+    limit: int
+
+    @property
+    def compute_s(self) -> float:
+        # In this order: the dynamic program adds the same way, so that both agree to the last bit.
+        return self.forward_s + self.backward_s + self.recompute_s + self.update_s
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.stash
+            + self.buffers
+            + self.transient
+            + self.reserve
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLoad:
+    """What one port carries per microbatch, one way."""
+
+    level: str
+    unit: int
+    direction: Literal["out", "in"]
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The numbers of a placement: period, stages, links, and what is wrong with it, if anything."""
+
+    period_s: float
+    stages: tuple[StageNumbers, ...]
+    links: tuple[LinkLoad, ...]
+    crossing_bytes: int  # sent between stages per microbatch of one replica
+    sent_bytes: float  # by all ranks per microbatch of one replica, updates' share included
+    problems: tuple[str, ...]
+
+    @property
+    def feasible(self) -> bool:
+        return not self.problems
+
+
+def evaluate(
+    instance: Instance, shape: Shape, stage_of: Sequence[int], recompute: Sequence[bool]
+) -> Evaluation:
+    """Judge a placement: `stage_of` a group, `recompute` of a stage."""
+    flows = _flows(instance, shape, stage_of)
+    stages = tuple(
+        _stage(instance, shape, stage_of, k, recompute[k], flows) for k in range(shape.depth)
+    )
+    links = _links(instance, shape, flows)
+    busiest = max(
+        max(stage.compute_s for stage in stages), max((link.seconds for link in links), default=0.0)
+    )
+    crossing = sum(flows.tensors.values())
+    return Evaluation(
+        period_s=busiest * instance.bubble(shape.depth),
+        stages=stages,
+        links=links,
+        crossing_bytes=crossing,
+        sent_bytes=crossing + sum(flows.exchange.values()) + sum(flows.ring),
+        problems=_problems(instance, shape, stage_of, stages),
+    )
+
+
+def choose_recompute(
+    instance: Instance,
+    shape: Shape,
+    stage_of: Sequence[int],
+    policy: Literal["auto", "always", "never"],
+) -> tuple[bool, ...]:
+    """The best choice: recomputing only costs time, so only where the stash would not fit."""
+    if policy != "auto":
+        return (policy == "always",) * shape.depth
+    flows = _flows(instance, shape, stage_of)
+
+    def fits(k: int, again: bool) -> bool:
+        numbers = _stage(instance, shape, stage_of, k, again, flows)
+        return numbers.total <= numbers.limit
+
+    return tuple(not fits(k, False) and fits(k, True) for k in range(shape.depth))
+
+
+@dataclass(frozen=True, slots=True)
+class _Flows:
+    """Bytes between stages of one replica, per microbatch."""
+
+    received: tuple[tuple[tuple[Edge, int], ...], ...]  # by stage: tensor, its producer's stage
+    sent: tuple[tuple[tuple[Edge, tuple[int, ...]], ...], ...]  # by stage: tensor, readers' stages
+    tensors: dict[tuple[int, int], int]  # from stage, to stage: activations and gradients
+    exchange: dict[tuple[int, int], float]  # gradients of tied parameters
+    ring: tuple[float, ...]  # by stage: all-reduce, from each replica to the next
+    holds: tuple[tuple[int, ...], ...]  # by stage: tied parameters
+
+
+def _flows(instance: Instance, shape: Shape, stage_of: Sequence[int]) -> _Flows:
+    received: list[list[tuple[Edge, int]]] = [[] for _ in range(shape.depth)]
+    sent: list[list[tuple[Edge, tuple[int, ...]]]] = [[] for _ in range(shape.depth)]
+    tensors: dict[tuple[int, int], int] = defaultdict(int)
+    for edge in instance.edges:
+        source = stage_of[edge.producer]
+        readers = tuple(sorted({stage_of[c] for c in edge.consumers} - {source}))
+        for reader in readers:
+            received[reader].append((edge, source))
+            tensors[source, reader] += edge.bytes
+            tensors[reader, source] += edge.gradient
+        if readers:
+            sent[source].append((edge, readers))
+    m = instance.problem.microbatches_at(shape.depth)
+    gradients = [0] * shape.depth
+    for group, stage in enumerate(stage_of):
+        gradients[stage] += int(instance.gradients[group])
+    exchange: dict[tuple[int, int], float] = defaultdict(float)
+    holds: list[list[int]] = [[] for _ in range(shape.depth)]
+    for i, tied in enumerate(instance.tied):
+        holders = sorted({stage_of[group] for group in tied.groups})
+        for place, stage in enumerate(holders):
+            holds[stage].append(i)
+            gradients[stage] += tied.state.gradients
+            if len(holders) > 1:
+                peer = holders[(place + 1) % len(holders)]
+                exchange[stage, peer] += ring_bytes(tied.state.gradients, len(holders), m)
+    return _Flows(
+        tuple(map(tuple, received)),
+        tuple(map(tuple, sent)),
+        dict(tensors),
+        dict(exchange),
+        tuple(ring_bytes(total, shape.width, m) for total in gradients),
+        tuple(map(tuple, holds)),
+    )
+
+
+def ring_bytes(size: int, members: int, microbatches: int) -> float:
+    """What each member of a ring all-reduce sends to the next, per microbatch."""
+    return size * (2 * (members - 1)) / (members * microbatches)
+
+
+def _stage(
+    instance: Instance,
+    shape: Shape,
+    stage_of: Sequence[int],
+    k: int,
+    recompute: bool,
+    flows: _Flows,
+) -> StageNumbers:
+    """Compute and memory of stage k: DESIGN section 5."""
+    own = [group for group, stage in enumerate(stage_of) if stage == k]
+    states = [instance.tied[i].state for i in flows.holds[k]]
+
+    def total(array: Sequence[int]) -> int:
+        return sum(int(array[group]) for group in own)
+
+    in_flight = instance.in_flight(k, shape.depth)
+    received = flows.received[k]
+    inputs = sum(edge.bytes for edge, _ in received)
+    saved = sum(edge.bytes for edge, _ in received if edge.saved)
+    stash = total(instance.stash)
+    # A tensor that skips stages arrives that many periods early; so does its gradient, on the
+    # way back. One buffer more is filled while the one before is used.
+    buffers = sum(edge.bytes * (k - source) + edge.gradient for edge, source in received)
+    buffers += sum(
+        edge.bytes + edge.gradient * sum(reader - k for reader in readers)
+        for edge, readers in flows.sent[k]
+    )
+    forward_ps = total(instance.forward_ps)
+    update_ps = total(instance.update_ps) + sum(state.update_ps for state in states)
+    return StageNumbers(
+        forward_s=forward_ps / PS,
+        backward_s=total(instance.backward_ps) / PS,
+        recompute_s=forward_ps / PS if recompute else 0.0,
+        update_s=update_ps / PS / instance.problem.microbatches_at(shape.depth),
+        weights=instance.versions(in_flight)
+        * (total(instance.weights) + sum(state.weights for state in states)),
+        gradients=total(instance.gradients) + sum(state.gradients for state in states),
+        optimizer=total(instance.optimizer) + sum(state.optimizer for state in states),
+        stash=in_flight * inputs + stash if recompute else in_flight * (stash + saved),
+        buffers=total(instance.buffers) + buffers,
+        transient=max((int(instance.transient[group]) for group in own), default=0),
+        reserve=instance.reserve,
+        limit=instance.limit,
+    )
+
+
+def _links(instance: Instance, shape: Shape, flows: _Flows) -> tuple[LinkLoad, ...]:
+    """Every port that carries anything, the innermost level first."""
+    topology = instance.problem.topology
+    loads: dict[tuple[int, int, str], float] = defaultdict(float)
+
+    def carry(rank: int, peer: int, size: float) -> None:
+        for level in range(len(topology.levels)):
+            source, target = topology.unit(rank, level), topology.unit(peer, level)
+            if source != target:
+                loads[level, source, "out"] += size
+                loads[level, target, "in"] += size
+
+    for replica in range(shape.width):
+        for flow in (flows.tensors, flows.exchange):
+            for (stage, peer), size in flow.items():
+                if size:
+                    carry(shape.rank(stage, replica), shape.rank(peer, replica), size)
+        for stage, size in enumerate(flows.ring):
+            if size:
+                following = shape.rank(stage, (replica + 1) % shape.width)
+                carry(shape.rank(stage, replica), following, size)
+    return tuple(
+        LinkLoad(
+            topology.levels[level].name,
+            unit,
+            "out" if direction == "out" else "in",
+            size,
+            size / topology.levels[level].bandwidth,
+        )
+        for (level, unit, direction), size in sorted(loads.items())
+    )
+
+
+def _problems(
+    instance: Instance, shape: Shape, stage_of: Sequence[int], stages: tuple[StageNumbers, ...]
+) -> tuple[str, ...]:
+    found = []
+    for k in sorted(set(range(shape.depth)) - set(stage_of)):
+        found.append(f"stage {k} has no blocks")
+    for edge in instance.edges:
+        if any(stage_of[consumer] < stage_of[edge.producer] for consumer in edge.consumers):
+            found.append(f"{instance.name(edge.producer)} comes after a reader of its result")
+    for group, stage in instance.pin.items():
+        if stage_of[group] != stage:
+            found.append(f"{instance.name(group)} is pinned to stage {stage}")
+    for first, second in instance.apart:
+        if stage_of[first] == stage_of[second]:
+            found.append(f"{instance.name(first)} and {instance.name(second)} must be apart")
+    for k, stage in enumerate(stages):
+        if stage.total > stage.limit:
+            found.append(f"stage {k} needs {stage.total} bytes of {stage.limit}")
+    return tuple(found)

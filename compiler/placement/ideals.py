@@ -1,0 +1,271 @@
+"""Ideals: sets of groups that contain all their predecessors; a stage is the step between two.
+
+A pipeline of d stages is a chain of ideals, empty = I0 < I1 < .. < Id = everything. All chains are
+considered where the ideals are few enough to list (a transformer has about as many as groups);
+otherwise those along a few topological orders.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from p2bw.compiler.placement.instance import Instance, Numbers
+
+MAX_IDEALS = 1600
+
+Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Some ideals, by size; the first is empty and the last has all groups."""
+
+    members: Flags  # ideal x group
+    complete: bool  # these are all ideals there are
+
+
+def make_family(instance: Instance, limit: int = MAX_IDEALS) -> Family:
+    """All ideals, or those along a few topological orders where there are more than `limit`."""
+    found = _all_ideals(instance, limit)
+    complete = found is not None
+    if found is None:
+        found = _along_orders(instance)
+    members = np.zeros((len(found), instance.size), bool)
+    for row, ideal in enumerate(sorted(found, key=lambda ideal: (ideal.bit_count(), ideal))):
+        members[row] = [ideal >> group & 1 for group in range(instance.size)]
+    return Family(members, complete)
+
+
+def _all_ideals(instance: Instance, limit: int) -> set[int] | None:
+    """Breadth first, by adding one group whose predecessors are in; None beyond the limit."""
+    needs = [sum(1 << p for p in found) for found in instance.predecessors]
+    successors: list[list[int]] = [[] for _ in needs]
+    for group, found in enumerate(instance.predecessors):
+        for p in found:
+            successors[p].append(group)
+    start = frozenset(group for group, need in enumerate(needs) if need == 0)
+    ready = {0: start}
+    seen = {0}
+    while ready:
+        following: dict[int, frozenset[int]] = {}
+        for ideal, addable in ready.items():
+            for group in addable:
+                larger = ideal | 1 << group
+                if larger not in following:
+                    new = [s for s in successors[group] if needs[s] & ~larger == 0]
+                    following[larger] = (addable - {group}).union(new)
+            if len(seen) + len(following) > limit:
+                return None
+        seen.update(following)
+        ready = following
+    return seen
+
+
+def _along_orders(instance: Instance) -> set[int]:
+    """Prefixes of topological orders: as listed, depth first, and both from the back."""
+    size = instance.size
+    successors: list[list[int]] = [[] for _ in range(size)]
+    for group, found in enumerate(instance.predecessors):
+        for p in found:
+            successors[p].append(group)
+    forward = [list(found) for found in instance.predecessors]
+    orders = [
+        list(range(size)),
+        _order(forward, lambda ready: ready[-1]),
+        _order(forward, min),
+        _order(successors, max)[::-1],
+        _order(successors, lambda ready: ready[-1])[::-1],
+    ]
+    ideals = {0}
+    for order in orders:
+        ideal = 0
+        for group in order:
+            ideal |= 1 << group
+            ideals.add(ideal)
+    return ideals
+
+
+def _order(needs: list[list[int]], pick: Callable[[list[int]], int]) -> list[int]:
+    """A topological order; `pick` chooses among the groups that are ready, oldest first."""
+    waiting = [len(set(found)) for found in needs]
+    unlocks: list[list[int]] = [[] for _ in needs]
+    for group, found in enumerate(needs):
+        for p in set(found):
+            unlocks[p].append(group)
+    ready = [group for group, count in enumerate(waiting) if count == 0]
+    order = []
+    while ready:
+        group = pick(ready)
+        ready.remove(group)
+        order.append(group)
+        for following in unlocks[group]:
+            waiting[following] -= 1
+            if waiting[following] == 0:
+                ready.append(following)
+    return order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Every possible stage: the groups between two ideals, and what is known of them alone.
+
+    Arrays are indexed by step and sorted by `source`. Sizes are whole numbers in floats, exact up
+    to 2**53: numpy has no fast matrix product of integers.
+    """
+
+    family: Family
+    source: Numbers
+    target: Numbers
+    forward_s: Floats
+    backward_s: Floats
+    update_s: Floats
+    weights: Floats
+    gradients: Floats
+    optimizer: Floats
+    stash: Floats
+    buffers: Floats
+    transient: Floats
+    received: Floats  # bytes of tensors from before
+    saved: Floats  # of those, what is kept for the backward
+    received_gradient: Floats  # gradients that go back for them
+    sent: Floats  # bytes of tensors made here and read later
+    sent_gradient: Floats  # gradients that come back for those, from one reader each
+    exchanged: Floats  # gradients of tied parameters that other stages hold as well
+    pinned: Numbers  # the stage that it must be, or -1
+
+    def where(self, mask: Flags) -> "Steps":
+        """Only some of the steps."""
+        kept = {
+            field.name: getattr(self, field.name)[mask]
+            for field in fields(self)
+            if field.name != "family"
+        }
+        return replace(self, **kept)
+
+
+def make_steps(instance: Instance, family: Family) -> Steps:
+    """Tabulate the steps between the ideals of a family."""
+    members = family.members
+    inside = members.astype(np.float64)
+    subset = (inside @ (1.0 - inside).T) == 0
+    np.fill_diagonal(subset, False)
+    source, target = np.nonzero(subset)
+    allowed, pinned = _allowed(instance, members, source, target)
+    source, target, pinned = source[allowed], target[allowed], pinned[allowed]
+
+    def added(values: Numbers) -> Floats:
+        sums = (members @ values).astype(np.float64)  # int64: exact
+        result: Floats = sums[target] - sums[source]
+        return result
+
+    states = {
+        field: added(getattr(instance, field))
+        for field in ("weights", "gradients", "optimizer", "update_ps")
+    }
+    exchanged = np.zeros(len(source))
+    for tied in instance.tied:
+        users = members[:, tied.groups].sum(axis=1)
+        here = users[target] - users[source]
+        for field, sizes in states.items():
+            sizes += np.where(here > 0, getattr(tied.state, field), 0)
+        exchanged += np.where((here > 0) & (here < len(tied.groups)), tied.state.gradients, 0)
+    traffic = _traffic(instance, members, source, target)
+    return Steps(
+        family=family,
+        source=source,
+        target=target,
+        forward_s=added(instance.forward_ps) / 1e12,
+        backward_s=added(instance.backward_ps) / 1e12,
+        update_s=states["update_ps"] / 1e12,
+        weights=states["weights"],
+        gradients=states["gradients"],
+        optimizer=states["optimizer"],
+        stash=added(instance.stash),
+        buffers=added(instance.buffers),
+        transient=_largest(instance.transient, members, source, target),
+        received=traffic[0],
+        saved=traffic[1],
+        received_gradient=traffic[2],
+        sent=traffic[3],
+        sent_gradient=traffic[4],
+        exchanged=exchanged,
+        pinned=pinned,
+    )
+
+
+def _allowed(
+    instance: Instance, members: Flags, source: Numbers, target: Numbers
+) -> tuple[Flags, Numbers]:
+    """Which steps the user's constraints leave, and the stage that each is pinned to (or -1)."""
+
+    def within(group: int) -> Flags:
+        column = members[:, group]
+        found: Flags = column[target] & ~column[source]
+        return found
+
+    allowed = np.ones(len(source), bool)
+    pinned = np.full(len(source), -1)
+    for group, stage in sorted(instance.pin.items()):
+        here = within(group)
+        allowed &= ~(here & (pinned >= 0) & (pinned != stage))
+        pinned[here] = stage
+    for first, second in instance.apart:
+        allowed &= ~(within(first) & within(second))
+    return allowed, pinned
+
+
+def _largest(values: Numbers, members: Flags, source: Numbers, target: Numbers) -> Floats:
+    """The largest value among the groups of each step, by bisection over the sorted values."""
+    ranks = np.unique(values)
+    at_least = np.stack([members[:, values >= value].sum(axis=1) for value in ranks])
+    low = np.zeros(len(source), np.int64)
+    high = np.full(len(source), len(ranks) - 1)
+    while np.any(low < high):
+        middle = (low + high + 1) // 2
+        some = at_least[middle, target] > at_least[middle, source]
+        low = np.where(some, middle, low)
+        high = np.where(some, high, middle - 1)
+    result: Floats = ranks[low].astype(np.float64)
+    return result
+
+
+def _traffic(
+    instance: Instance, members: Flags, source: Numbers, target: Numbers
+) -> tuple[Floats, ...]:
+    """received, saved, received_gradient, sent, sent_gradient of each step.
+
+    A tensor is live at an ideal that has its producer and lacks a reader. A step receives the
+    tensors live at its source that it reads, and sends those live at its target that were not
+    live at its source.
+    """
+    edges = instance.edges
+    result = np.zeros((5, len(source)))
+    if not edges:
+        return tuple(result)
+    made = members[:, [edge.producer for edge in edges]]
+    read = np.stack([members[:, edge.consumers].sum(axis=1) for edge in edges], axis=1)
+    live = made & (read < np.array([len(edge.consumers) for edge in edges]))
+    sizes = np.array(
+        [[edge.bytes, edge.bytes * edge.saved, edge.gradient] for edge in edges], np.float64
+    ).T
+    outgoing = live @ sizes[[0, 2]].T  # ideal x (bytes, gradients)
+    first = np.searchsorted(source, np.arange(len(members) + 1))
+    for ideal in range(len(members) - 1):
+        step = slice(first[ideal], first[ideal + 1])
+        after = target[step]
+        result[3:, step] = outgoing[after].T
+        here = np.flatnonzero(live[ideal])
+        if len(here) and len(after):
+            reads = read[np.ix_(after, here)] > read[ideal, here]
+            result[:3, step] = sizes[:, here] @ reads.T
+            result[3:, step] -= sizes[[0, 2]][:, here] @ live[np.ix_(after, here)].T
+    return tuple(result)
+
+
+def chain_to_stages(family: Family, chain: Iterable[int]) -> tuple[int, ...]:
+    """Stage of each group, from the ideals after stage 0, 1, .."""
+    rows = family.members[list(chain)]
+    stages: tuple[int, ...] = tuple((~rows).sum(axis=0).tolist())
+    return stages

@@ -1,0 +1,294 @@
+"""Instance: a PlacementProblem as arrays over groups of blocks, in a topological order.
+
+Times are whole picoseconds and sizes whole bytes, so that sums are exact, in any order, on every
+machine: a plan must not depend on how a library adds.
+"""
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from p2bw.compiler.problem import ParameterCost, PlacementProblem
+from p2bw.runtime.errors import InfeasibleError
+
+PS = 10**12  # picoseconds in a second
+
+Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What holding parameters costs a stage."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    update_ps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """Parameters that the same several groups use."""
+
+    groups: tuple[int, ...]
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A tensor between groups."""
+
+    producer: int
+    consumers: tuple[int, ...]
+    bytes: int
+    gradient: int
+    saved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """What one microbatch costs in each group; arrays are indexed by group."""
+
+    problem: PlacementProblem
+    groups: tuple[tuple[int, ...], ...]  # block numbers
+    forward_ps: Numbers
+    backward_ps: Numbers
+    stash: Numbers
+    transient: Numbers
+    buffers: Numbers
+    weights: Numbers  # weights .. update_ps: of the parameters that no other group uses
+    gradients: Numbers
+    optimizer: Numbers
+    update_ps: Numbers
+    tied: tuple[Tied, ...]
+    edges: tuple[Edge, ...]
+    predecessors: tuple[tuple[int, ...], ...]
+    pin: dict[int, int]
+    apart: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.groups)
+
+    @property
+    def reserve(self) -> int:
+        return self.problem.topology.device.reserve_bytes
+
+    @property
+    def limit(self) -> int:
+        return self.problem.topology.device.memory_bytes
+
+    def name(self, group: int) -> str:
+        """The names of a group's blocks, for messages."""
+        names = [self.problem.blocks[block].name for block in self.groups[group]]
+        return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+
+    def in_flight(self, stage: int, depth: int) -> int:
+        """Microbatches between their forward and their backward at a stage (DESIGN, costs)."""
+        m = self.problem.microbatches_at(depth)
+        match self.problem.schedule:
+            case "gpipe":
+                return m
+            case "flush":
+                return min(depth - stage, m)
+            case _:
+                return depth - stage
+
+    def versions(self, in_flight: int) -> int:
+        """Weight versions that a stage keeps."""
+        match self.problem.schedule:
+            case "2bw":
+                return 2
+            case "stash":
+                return in_flight
+            case _:
+                return 1
+
+    def bubble(self, depth: int) -> float:
+        """Mean time per microbatch over the busiest stage's: the price of a flush per update."""
+        if self.problem.schedule in ("2bw", "stash"):
+            return 1.0
+        m = self.problem.microbatches_at(depth)
+        return (m + depth - 1) / m
+
+    def blocks_to_stages(self, stages: Iterable[int]) -> dict[str, int]:
+        """Stage of every block by name, in the problem's order, from the stage of every group."""
+        found = {
+            block: stage
+            for members, stage in zip(self.groups, stages, strict=True)
+            for block in members
+        }
+        return {block.name: found[i] for i, block in enumerate(self.problem.blocks)}
+
+
+def make_instance(problem: PlacementProblem) -> Instance:
+    """Contract the blocks that must share a stage and put the groups in a topological order."""
+    number = {block.name: i for i, block in enumerate(problem.blocks)}
+    together = _together(problem, number)
+    edges: dict[int, set[int]] = {i: set() for i in range(len(number))}
+    for tensor in problem.tensors:
+        for consumer in tensor.consumers:
+            edges[number[tensor.producer]].add(number[consumer])
+    leader = _contract(edges, together)
+    order = _topological(edges, leader)
+    groups = tuple(tuple(i for i, own in enumerate(leader) if own == first) for first in order)
+    group_of = [order.index(own) for own in leader] if together else _inverse(order)
+
+    def total(values: list[int]) -> Numbers:
+        sums = np.zeros(len(groups), np.int64)
+        np.add.at(sums, group_of, values)
+        return sums
+
+    transient = np.zeros(len(groups), np.int64)
+    np.maximum.at(transient, group_of, [block.transient_bytes for block in problem.blocks])
+    own, tied = _parameters(problem.parameters, number, group_of)
+    inner = _edges(problem, number, group_of)
+    predecessors: list[set[int]] = [set() for _ in groups]
+    for edge in inner:
+        for group in edge.consumers:
+            predecessors[group].add(edge.producer)
+    pin, apart = _pinned(problem, number, group_of)
+    return Instance(
+        problem=problem,
+        groups=groups,
+        forward_ps=total([round(block.forward_s * PS) for block in problem.blocks]),
+        backward_ps=total([round(block.backward_s * PS) for block in problem.blocks]),
+        stash=total([block.stash_bytes for block in problem.blocks]),
+        buffers=total([block.buffer_bytes for block in problem.blocks]),
+        transient=transient,
+        weights=own[0],
+        gradients=own[1],
+        optimizer=own[2],
+        update_ps=own[3],
+        tied=tied,
+        edges=inner,
+        predecessors=tuple(tuple(sorted(found)) for found in predecessors),
+        pin=pin,
+        apart=apart,
+    )
+
+
+def _together(problem: PlacementProblem, number: dict[str, int]) -> list[list[int]]:
+    sets = [[number[name] for name in names] for names in problem.constraints.together]
+    uncut = set(problem.constraints.never_cut)
+    sets += [
+        [number[name] for name in (tensor.producer, *tensor.consumers)]
+        for tensor in problem.tensors
+        if tensor.name in uncut
+    ]
+    return [found for found in sets if len(set(found)) > 1]
+
+
+def _contract(edges: dict[int, set[int]], together: list[list[int]]) -> list[int]:
+    """The first block of each block's group.
+
+    What lies on a path between two blocks of one stage must be there as well: the groups are the
+    strongly connected components of the graph with those blocks joined both ways.
+    """
+    if not together:
+        return list(edges)
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    graph.add_nodes_from(edges)
+    graph.add_edges_from((u, v) for u, found in edges.items() for v in found)
+    for blocks in together:
+        graph.add_edges_from(zip(blocks, blocks[1:] + blocks[:1], strict=True))
+    leader = list(edges)
+    for component in nx.strongly_connected_components(graph):
+        for block in component:
+            leader[block] = min(component)
+    return leader
+
+
+def _topological(edges: dict[int, set[int]], leader: list[int]) -> list[int]:
+    """The leaders, as close to the order of the blocks as their edges allow."""
+    successors: dict[int, set[int]] = {own: set() for own in leader}
+    for u, found in edges.items():
+        successors[leader[u]].update(leader[v] for v in found if leader[v] != leader[u])
+    waiting = dict.fromkeys(successors, 0)
+    for found in successors.values():
+        for v in found:
+            waiting[v] += 1
+    ready = [own for own, count in waiting.items() if count == 0]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        order.append(heapq.heappop(ready))
+        for v in successors[order[-1]]:
+            waiting[v] -= 1
+            if waiting[v] == 0:
+                heapq.heappush(ready, v)
+    assert len(order) == len(successors), "the groups form a cycle"
+    return order
+
+
+def _inverse(order: list[int]) -> list[int]:
+    found = [0] * len(order)
+    for position, block in enumerate(order):
+        found[block] = position
+    return found
+
+
+def _parameters(
+    parameters: tuple[ParameterCost, ...], number: dict[str, int], group_of: list[int]
+) -> tuple[Numbers, tuple[Tied, ...]]:
+    """Rows weights, gradients, optimizer, update of each group's own; and the tied ones."""
+    own = np.zeros((4, max(group_of) + 1), np.int64)
+    tied: dict[tuple[int, ...], list[int]] = {}
+    for parameter in parameters:
+        users = tuple(sorted({group_of[number[name]] for name in parameter.blocks}))
+        costs = [
+            parameter.bytes,
+            parameter.gradient_bytes,
+            parameter.optimizer_bytes,
+            round(parameter.update_s * PS),
+        ]
+        if len(users) == 1:
+            own[:, users[0]] += costs
+        else:
+            known = tied.setdefault(users, [0, 0, 0, 0])
+            tied[users] = [a + b for a, b in zip(known, costs, strict=True)]
+    return own, tuple(Tied(users, State(*costs)) for users, costs in sorted(tied.items()))
+
+
+def _edges(
+    problem: PlacementProblem, number: dict[str, int], group_of: list[int]
+) -> tuple[Edge, ...]:
+    """The tensors between groups; those with the same ends and kind count as one."""
+    found: dict[tuple[int, tuple[int, ...], bool], list[int]] = {}
+    for tensor in problem.tensors:
+        producer = group_of[number[tensor.producer]]
+        readers = {group_of[number[name]] for name in tensor.consumers} - {producer}
+        if readers:
+            sizes = found.setdefault((producer, tuple(sorted(readers)), tensor.saved), [0, 0])
+            sizes[0] += tensor.bytes
+            sizes[1] += tensor.gradient_bytes
+    return tuple(
+        Edge(producer, consumers, size, gradient, saved)
+        for (producer, consumers, saved), (size, gradient) in sorted(found.items())
+    )
+
+
+def _pinned(
+    problem: PlacementProblem, number: dict[str, int], group_of: list[int]
+) -> tuple[dict[int, int], tuple[tuple[int, int], ...]]:
+    pin: dict[int, int] = {}
+    for name, stage in problem.constraints.pin.items():
+        group = group_of[number[name]]
+        if pin.setdefault(group, stage) != stage:
+            raise InfeasibleError(
+                f"block {name} is pinned to stage {stage}, and a block that shares its stage to "
+                f"{pin[group]}; drop one of the two"
+            )
+    apart = []
+    for first, second in problem.constraints.apart:
+        pair = sorted((group_of[number[first]], group_of[number[second]]))
+        if pair[0] == pair[1]:
+            raise InfeasibleError(
+                f"blocks {first} and {second} must be apart, but together or never_cut joins them"
+            )
+        apart.append((pair[0], pair[1]))
+    return pin, tuple(sorted(set(apart)))
