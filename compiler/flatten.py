@@ -326,8 +326,11 @@ def _only_reads(node: fx.Node) -> bool:
 
 # Composite operators that return their argument, or a view of it, in some cases.
 _MAY_ALIAS = frozenset(
-    "reshape contiguous to expand_as flatten type_as view_as _to_copy float broadcast_tensors "
-    "reshape_as atleast_1d atleast_2d atleast_3d meshgrid ravel tile repeat_interleave".split()
+    (
+        *("reshape", "reshape_as", "contiguous", "to", "type_as", "view_as", "expand_as"),
+        *("flatten", "ravel", "broadcast_tensors", "meshgrid"),
+        *("atleast_1d", "atleast_2d", "atleast_3d"),
+    )
 )
 
 

@@ -6,12 +6,7 @@ training graph that it yields is kept as it is: decomposing it breaks the traini
 """
 
 import inspect
-import logging
-import random
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 from p2bw.compiler.build import build, build_real
 from p2bw.compiler.flatten import LostConstantError, flatten
 from p2bw.compiler.program import Program
-from p2bw.compiler.trace_errors import explain, refuse_custom_functions
+from p2bw.compiler.trace_env import as_in_eager, tracing
+from p2bw.compiler.trace_errors import explain
 from p2bw.runtime.errors import ModelError
 from p2bw.runtime.microbatch import describe, map_tensors, seeded
 from p2bw.runtime.modelfile import ModelFile
@@ -81,13 +77,10 @@ def trace(file: ModelFile, batch_size: int) -> Program:
     try:
         return _trace(file, batch_size, mode, model, microbatch)
     except LostConstantError as lost:
-        problem = ModelError(str(lost))
+        problem = ModelError(f"{file.path.name}: {lost}")
     with seeded("model"):
         model = build_real(file, mode, problem)
-    try:
-        return _trace(file, batch_size, mode, model, microbatch)
-    except LostConstantError as lost:
-        raise ModelError(str(lost)) from None
+    return _trace(file, batch_size, mode, model, microbatch)
 
 
 def _trace(
@@ -109,13 +102,25 @@ def _trace(
 
     losses: list[Tensor] = []
     step = Step(file, model, microbatch, losses.append)
-    with _quiet(), refuse_custom_functions(file.code), _frozen_randomness(file):
-        try:
-            exported = torch.export.export(step, tuple(tensors), strict=False)
-        except Exception as error:
-            raise explain(error, step, mode, names, tensors) from error
-    _check_loss(file, losses[0])
-    return flatten(exported, file, model, batch_size, names)
+
+    def export() -> Program:
+        losses.clear()
+        with tracing(file):
+            try:
+                exported = torch.export.export(step, tuple(tensors), strict=False)
+            except Exception as error:
+                raise explain(error, step, mode, names, tensors) from error
+        _check_loss(file, losses[-1])
+        return flatten(exported, file, model, batch_size, names)
+
+    asked: set[str] = set()
+    try:
+        with as_in_eager(asked):
+            return export()
+    except ModelError:
+        if not asked:
+            raise
+    return export()  # the model has code of its own for export: it may need it
 
 
 def _name(
@@ -152,38 +157,3 @@ def _check_loss(file: ModelFile, loss: Tensor) -> None:
             f"{where}: the loss does not depend on any trainable parameter; is it computed under "
             f"torch.no_grad(), from a detached tensor, or is every parameter frozen?"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracer's warnings and logs, and the user's prints, away from the terminal."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _frozen_randomness(file: ModelFile) -> Iterator[None]:
-    """Refuse a forward that draws Python or NumPy random numbers: a trace would freeze them."""
-    numpy: Any = sys.modules.get("numpy")
-
-    def states() -> Iterable[tuple[str, Any]]:
-        yield "Python's random", random.getstate()
-        if numpy:
-            kind, key, *rest = numpy.random.get_state()
-            yield "numpy.random", (kind, key.tobytes(), *rest)
-
-    before = list(states())
-    yield
-    for (name, old), (_, new) in zip(before, states(), strict=True):
-        if old != new:
-            raise ModelError(
-                f"{file.path.name}: forward draws numbers from {name}, which a compiled program "
-                f"would repeat for ever; draw them with torch instead (torch.rand)"
-            )

@@ -1,17 +1,14 @@
 """What a failed trace means for the user: which line of the model, why, and what to do."""
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from p2bw.compiler.program import TensorType
 from p2bw.runtime.errors import ModelError, P2BWError
-from p2bw.runtime.usercode import Line, UserCode
+from p2bw.runtime.usercode import Line
 
 # Exceptions by which torch says that Python asked for a value that only real data has.
 _DATA_DEPENDENT = (
@@ -78,34 +75,3 @@ def _failure(step: Any, mode: FakeTensorMode, tensors: list[Tensor]) -> Exceptio
     except Exception as error:
         return error
     return None
-
-
-@contextmanager
-def refuse_custom_functions(code: UserCode) -> Iterator[None]:
-    """Refuse calls of torch.autograd.Function classes that are not torch's own.
-
-    torch.export traces through their forward and drops their backward without a word, which
-    gives wrong gradients.
-    """
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch.") and torch.is_grad_enabled():
-            frame = sys._getframe(1)
-            line = None
-            while frame is not None and line is None:
-                line = code.line(frame.f_code.co_filename, frame.f_lineno)
-                frame = frame.f_back
-            raise at(
-                line,
-                f"{cls.__qualname__} is a torch.autograd.Function, whose backward tracing would "
-                f"drop; write it with differentiable operators (x + (f(x) - x).detach() passes a "
-                f"gradient straight through f)",
-            )
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original

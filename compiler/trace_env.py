@@ -1,0 +1,136 @@
+"""The surroundings in which a model is traced: what torch.export would get wrong, put right."""
+
+import logging
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import fx
+
+from p2bw.compiler.trace_errors import at
+from p2bw.runtime.errors import ModelError
+from p2bw.runtime.modelfile import ModelFile
+from p2bw.runtime.usercode import UserCode
+
+
+@contextmanager
+def tracing(file: ModelFile) -> Iterator[None]:
+    """Everything below at once."""
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(refuse_custom_functions(file.code))
+        stack.enter_context(frozen_randomness(file))
+        stack.enter_context(recording_lines(file.code))
+        yield
+
+
+@contextmanager
+def as_in_eager(asked: set[str]) -> Iterator[None]:
+    """Let the model's own code behave as if it were not exported, as it will when it trains.
+
+    Hugging Face models build an explicit causal mask when torch.compiler.is_exporting(): another
+    kernel, slower, with other rounding. `asked` gets the modules that wanted to know.
+    """
+    original = torch.compiler.is_exporting
+
+    def is_exporting() -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == "torch":
+            return original()
+        asked.add(caller)
+        return False
+
+    torch.compiler.is_exporting = is_exporting
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting = original
+
+
+@contextmanager
+def recording_lines(code: UserCode) -> Iterator[None]:
+    """Record for each node the innermost line that is not torch's, be it in forward or not."""
+    original = fx.proxy.TracerBase._filter_traceback_frames
+
+    def innermost(_: object, frames: traceback.StackSummary) -> traceback.StackSummary:
+        for frame in reversed(frames):
+            if code.line(frame.filename, frame.lineno or 0):
+                return traceback.StackSummary.from_list([frame])
+        return traceback.StackSummary()
+
+    fx.proxy.TracerBase._filter_traceback_frames = innermost  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fx.proxy.TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def refuse_custom_functions(code: UserCode) -> Iterator[None]:
+    """Refuse calls of torch.autograd.Function classes that are not torch's own.
+
+    torch.export traces through their forward and drops their backward without a word, which
+    gives wrong gradients.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch.") and torch.is_grad_enabled():
+            frame = sys._getframe(1)
+            line = None
+            while frame is not None and line is None:
+                line = code.line(frame.f_code.co_filename, frame.f_lineno)
+                frame = frame.f_back
+            raise at(
+                line,
+                f"{cls.__qualname__} is a torch.autograd.Function, whose backward tracing would "
+                f"drop; write it with differentiable operators (x + (f(x) - x).detach() passes a "
+                f"gradient straight through f)",
+            )
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the tracer's warnings and logs, and the user's prints, away from the terminal."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def frozen_randomness(file: ModelFile) -> Iterator[None]:
+    """Refuse a forward that draws Python or NumPy random numbers: a trace would freeze them."""
+    numpy: Any = sys.modules.get("numpy")
+
+    def states() -> Iterable[tuple[str, Any]]:
+        yield "Python's random", random.getstate()
+        if numpy:
+            kind, key, *rest = numpy.random.get_state()
+            yield "numpy.random", (kind, key.tobytes(), *rest)
+
+    before = list(states())
+    yield
+    for (name, old), (_, new) in zip(before, states(), strict=True):
+        if old != new:
+            raise ModelError(
+                f"{file.path.name}: forward draws numbers from {name}, which a compiled program "
+                f"would repeat for ever; draw them with torch instead (torch.rand)"
+            )
