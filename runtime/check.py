@@ -104,6 +104,7 @@ class _Stage:
         needs = {
             Kind.FORWARD: Flow.ACTIVATION,
             Kind.BACKWARD: Flow.GRADIENT,
+            Kind.REDUCE: Flow.LOSS,
             Kind.UPDATE: Flow.LOSS,
             Kind.MERGE: Flow.TIED,
         }.get(action.kind)

@@ -1,0 +1,165 @@
+"""One stage's forwards and backwards: autograd across several microbatches in flight."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from p2bw.runtime.errors import MismatchError
+from p2bw.runtime.feed import seed_forward
+from p2bw.runtime.plan import Stage, describe
+from p2bw.runtime.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What a stage keeps of a microbatch from its forward to its backward.
+
+    Of the results only their places in autograd's graph: their data may go once they are sent.
+    """
+
+    arguments: Mapping[str, Tensor]  # that get a gradient; all of them if to be computed again
+    edges: Mapping[str, GradientEdge]  # of the results that have a gradient; {} if ... again
+    buffers: Mapping[str, Tensor]  # as before the forward, those that computing again would change
+
+
+class Compute:
+    """Runs a stage's module, with the weights and the random numbers that each microbatch is due.
+
+    `loss_share` is what one microbatch's loss counts in its batch's: gradients are then averages.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        module: nn.Module,
+        weights: Weights,
+        *,
+        seed: int,
+        device: torch.device,
+        loss_share: float,
+    ) -> None:
+        self.stage = stage
+        self.module = module
+        self.weights = weights
+        self.seed = seed
+        self.device = device
+        self.loss_seed = torch.tensor(loss_share, device=device)
+        self.in_flight: dict[int, InFlight] = {}
+        self.specs = {transfer.spec.name: transfer.spec for transfer in stage.sends}
+        self.differentiable = [t.spec.name for t in stage.receives if t.gradient]
+        self.changing: tuple[str, ...] | None = None  # buffers that a forward writes to
+
+    def forward(self, number: int, version: int, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Run microbatch `number` (counted over all replicas): its results by name."""
+        named = dict(zip(self.stage.arguments, arguments, strict=True))
+        for name in self.differentiable:
+            named[name].requires_grad_()
+        again = self.stage.recompute
+        buffers = self._buffers_before() if again else {}
+        with torch.set_grad_enabled(not again):
+            results = self._run(number, version, named)
+        if again:
+            kept = InFlight(named, {}, self._keep_changing(buffers))
+        else:
+            kept = InFlight({n: named[n] for n in self.differentiable}, _edges(results), {})
+        self.in_flight[number] = kept
+        return {name: result.detach() for name, result in results.items()}
+
+    def backward(
+        self, number: int, version: int, gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add to the weights' gradients, given those of the results; the arguments' gradients.
+
+        An argument that the results do not depend on has a gradient of zeros. Adding zeros
+        changes no bit of a sum but the sign of a zero.
+        """
+        kept = self.in_flight.pop(number)
+        edges = kept.edges
+        if self.stage.recompute:
+            edges = _edges(self._run_again(number, version, kept))
+        seeds = dict(gradients)
+        if self.stage.loss is not None:
+            seeds[self.stage.loss] = self.loss_seed
+        roots = [name for name in edges if name in seeds]
+        if roots:
+            torch.autograd.backward([edges[n] for n in roots], [seeds[n] for n in roots])
+        found = {}
+        for name in self.differentiable:
+            tensor = kept.arguments[name]
+            found[name] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        return self._unshared(found, version)
+
+    def _run(self, number: int, version: int, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.weights.use(version)
+        seed_forward(self.seed, self.stage.index, number, self.device)
+        with self._default_device():
+            results = self.module(*arguments.values())
+        return self._checked(results if isinstance(results, tuple) else (results,))
+
+    def _default_device(self) -> AbstractContextManager[object]:
+        """Where the stage's code makes new tensors; costs a little, so not on the CPU."""
+        return self.device if self.device.type != "cpu" else nullcontext()
+
+    def _checked(self, results: tuple[object, ...]) -> dict[str, Tensor]:
+        """A message of another size than the receiver's buffer would abort its process."""
+        names = self.stage.results
+        named = {n: r for n, r in zip(names, results, strict=False) if isinstance(r, Tensor)}
+        if len(results) != len(names) or len(named) != len(names):
+            raise MismatchError(
+                f"stage {self.stage.index} should return {len(names)} tensors: {', '.join(names)}"
+            )
+        for name, spec in self.specs.items():
+            if not spec.fits(named[name]):
+                found = describe(tuple(named[name].shape), named[name].dtype)
+                raise MismatchError(
+                    f"stage {self.stage.index} returned {name} as {found}, the plan has {spec}"
+                )
+        return named
+
+    def _buffers_before(self) -> dict[str, Tensor]:
+        names = self.changing
+        return {
+            name: buffer.clone()
+            for name, buffer in self.module.named_buffers()
+            if names is None or name in names
+        }
+
+    def _keep_changing(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """After the first forward it is known which buffers change; only those are kept."""
+        if self.changing is None:
+            now = dict(self.module.named_buffers())
+            self.changing = tuple(
+                name for name in before if not torch.equal(before[name], now[name])
+            )
+        return {name: before[name] for name in self.changing}
+
+    def _run_again(self, number: int, version: int, kept: InFlight) -> dict[str, Tensor]:
+        """The forward again, on copies of the buffers that it found then."""
+        now = {name: self.module.get_buffer(name) for name in kept.buffers}
+        self._plug_buffers(kept.buffers)
+        results = self._run(number, version, kept.arguments)
+        self._plug_buffers(now)
+        return results
+
+    def _plug_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        for name, buffer in buffers.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.module.get_submodule(owner), attribute, buffer)
+
+    def _unshared(self, gradients: dict[str, Tensor], version: int) -> dict[str, Tensor]:
+        """Autograd may give an argument and a parameter gradients that share memory, and the
+        parameter's is added to while the argument's is still being sent."""
+        leaves = self.weights.leaves(version).values()
+        owned = {leaf.grad.untyped_storage().data_ptr() for leaf in leaves if leaf.grad is not None}
+        return {
+            name: gradient.clone() if gradient.untyped_storage().data_ptr() in owned else gradient
+            for name, gradient in gradients.items()
+        }
+
+
+def _edges(results: Mapping[str, Tensor]) -> dict[str, GradientEdge]:
+    return {name: get_gradient_edge(r) for name, r in results.items() if r.requires_grad}

@@ -1,0 +1,88 @@
+"""A rank's microbatches, and the random numbers of its forwards: functions of the seed alone."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from p2bw.runtime.errors import UsageError
+from p2bw.runtime.modelfile import ModelFile, flatten_microbatch
+from p2bw.runtime.plan import Plan, describe
+
+
+class Feed:
+    """The program inputs of one rank's stage, one microbatch after the other.
+
+    Every rank runs through the same iterator; the microbatch that a pipeline counts as number i is
+    item i * width + replica. User code that draws random numbers while it makes data has a
+    generator state to itself, as the stages draw different numbers from theirs.
+    """
+
+    def __init__(
+        self, plan: Plan, file: ModelFile, stage: int, replica: int, seed: int, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.names = plan.stages[stage].inputs
+        self.replica = replica
+        self.device = device
+        self.items = file.data(plan.microbatch, seed)
+        self.next_item = 0
+        self.state = torch.Generator().manual_seed(seed % 2**63).get_state()
+
+    def microbatch(self, index: int) -> tuple[Tensor, ...]:
+        """The stage's inputs in microbatch `index`; indices must not go back."""
+        if not self.names:
+            return ()
+        wanted = index * self.plan.width + self.replica
+        assert wanted >= self.next_item
+        with self._own_generator():
+            while self.next_item <= wanted:
+                item = next(self.items, None)
+                if item is None:
+                    raise UsageError(
+                        f"data() ended after {self.next_item} microbatches, the run needs more; "
+                        f"ask for fewer --steps, or let data() start anew"
+                    )
+                self.next_item += 1
+        tensors = self._checked(flatten_microbatch(*item))
+        return tuple(tensors[name].to(self.device) for name in self.names)
+
+    def _checked(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        given = ", ".join(describe(tuple(t.shape), t.dtype) for t in tensors)
+        specs = self.plan.inputs
+        if len(tensors) != len(specs) or not all(map(lambda s, t: s.fits(t), specs, tensors)):
+            raise UsageError(
+                f"microbatch {self.next_item - 1} of data() is {given}; the plan was compiled for "
+                f"{', '.join(map(str, specs))}; every microbatch must have {self.plan.microbatch} "
+                f"samples of that shape"
+            )
+        return {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+
+    @contextmanager
+    def _own_generator(self) -> Iterator[None]:
+        theirs = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(theirs)
+
+
+def forward_seed(seed: int, stage: int, microbatch: int) -> int:
+    """What the generator is seeded with before a stage's forward, and again for its recompute.
+
+    `microbatch` counts over all replicas. A dropout mask thus depends on neither timing nor the
+    schedule nor recomputation.
+    """
+    digest = hashlib.sha256(f"p2bw {seed} {stage} {microbatch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_forward(seed: int, stage: int, microbatch: int, device: torch.device) -> None:
+    value = forward_seed(seed, stage, microbatch)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

@@ -1,0 +1,93 @@
+"""The transport inside one process: every rank is a thread. For tests, and for one GPU."""
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from p2bw.runtime.schedule import Channel
+from p2bw.runtime.transport import Arrival, PeerError, Reduction
+
+
+class Hub:
+    """Where the ranks of one process meet. When one fails, all that wait are told."""
+
+    def __init__(self, timeout_s: float = 60) -> None:
+        self.timeout_s = timeout_s
+        self.changed = threading.Condition()
+        self.messages: dict[tuple[int, Channel], deque[Tensor]] = defaultdict(deque)
+        self.sums: dict[tuple[int, int], dict[int, Sequence[Tensor]]] = defaultdict(dict)
+        self.failure: BaseException | None = None
+
+    def wait_for(self, ready: Callable[[], bool], what: str) -> None:
+        """Call with `changed` held."""
+        if not self.changed.wait_for(lambda: ready() or self.failure is not None, self.timeout_s):
+            raise PeerError(f"{what}: nothing came in {self.timeout_s:g} s")
+        if self.failure is not None:
+            raise PeerError(f"{what}: another rank failed")
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.failure = self.failure or error
+            self.changed.notify_all()
+
+
+class LocalTransport:
+    """One rank's end of a hub; messages keep their strides."""
+
+    def __init__(self, hub: Hub, stage: int, replica: int, width: int) -> None:
+        self.hub = hub
+        self.stage = stage
+        self.replica = replica
+        self.width = width
+        self.reductions = 0
+
+    def send(self, channel: Channel, tensor: Tensor) -> None:
+        with self.hub.changed:
+            self.hub.messages[self.replica, channel].append(tensor.detach().clone())
+            self.hub.changed.notify_all()
+
+    def receive(self, channel: Channel) -> Arrival:
+        return _Arrival(self.hub, self.hub.messages[self.replica, channel], str(channel))
+
+    def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
+        with self.hub.changed:
+            given = self.hub.sums[self.stage, self.reductions]
+            given[self.replica] = [tensor.clone() for tensor in tensors]
+            self.reductions += 1
+            self.hub.changed.notify_all()
+        return _Sum(self.hub, given, tensors, self.width)
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    hub: Hub
+    messages: deque[Tensor]
+    what: str
+
+    def wait(self) -> Tensor:
+        with self.hub.changed:
+            self.hub.wait_for(lambda: bool(self.messages), self.what)
+            return self.messages.popleft()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    hub: Hub
+    given: dict[int, Sequence[Tensor]]  # replica -> its terms
+    tensors: Sequence[Tensor]
+    width: int
+
+    def wait(self) -> None:
+        with self.hub.changed:
+            self.hub.wait_for(lambda: len(self.given) == self.width, "the sum over replicas")
+        for index, tensor in enumerate(self.tensors):
+            total = self.given[0][index].clone()
+            for replica in range(1, self.width):
+                total += self.given[replica][index]
+            tensor.copy_(total)
