@@ -7,6 +7,8 @@ from typing import Literal
 
 from p2bw.compiler.placement.instance import PS, Edge, Instance
 
+MIN_PERIOD_S = 1 / PS  # so that a model without costs still has a rate
+
 Layout = Literal["stage-major", "pipeline-major"]
 LAYOUTS: tuple[Layout, ...] = ("stage-major", "pipeline-major")
 
@@ -79,7 +81,8 @@ class LinkLoad:
 class Evaluation:
     """The numbers of a placement: period, stages, links, and what is wrong with it, if anything."""
 
-    period_s: float
+    busiest_s: float  # the busiest device or port, per microbatch
+    period_s: float  # that, and a flushing schedule's share of bubbles
     stages: tuple[StageNumbers, ...]
     links: tuple[LinkLoad, ...]
     crossing_bytes: int  # sent between stages per microbatch of one replica
@@ -101,10 +104,13 @@ def evaluate(
     )
     links = _links(instance, shape, flows)
     busiest = max(
-        max(stage.compute_s for stage in stages), max((link.seconds for link in links), default=0.0)
+        MIN_PERIOD_S,
+        max(stage.compute_s for stage in stages),
+        max((link.seconds for link in links), default=0.0),
     )
     crossing = sum(flows.tensors.values())
     return Evaluation(
+        busiest_s=busiest,
         period_s=busiest * instance.bubble(shape.depth),
         stages=stages,
         links=links,
@@ -130,6 +136,19 @@ def choose_recompute(
         return numbers.total <= numbers.limit
 
     return tuple(not fits(k, False) and fits(k, True) for k in range(shape.depth))
+
+
+def waiting_bytes(instance: Instance, shape: Shape, stage_of: Sequence[int]) -> list[int]:
+    """By stage: what tensors take up while they wait because they skipped stages."""
+    found = [0] * shape.depth
+    for edge in instance.edges:
+        source = stage_of[edge.producer]
+        for reader in {stage_of[c] for c in edge.consumers} - {source}:
+            found[reader] += edge.bytes * (reader - source - 1)
+            found[source] += edge.gradient * (reader - source)
+        if any(stage_of[c] != source for c in edge.consumers):
+            found[source] -= edge.gradient
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,170 @@
+"""Candidates: every shape at every microbatch size, with a bound on what it can reach."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from p2bw.compiler.placement.dp import Recompute, StepCosts, least_by_depth, step_costs
+from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Shape, ring_bytes
+from p2bw.compiler.placement.ideals import Family, make_family, make_steps
+from p2bw.compiler.placement.instance import PS, Instance, make_instance
+from p2bw.compiler.problem import PlacementProblem
+from p2bw.runtime.errors import InfeasibleError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One microbatch size: its instance, and the steps that all its shapes share."""
+
+    instance: Instance
+    costs: StepCosts  # without a shape
+
+    @property
+    def family(self) -> Family:
+        return self.costs.steps.family
+
+    @property
+    def recompute(self) -> Recompute:
+        return self.costs.recompute
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One shape at one microbatch size. `bound` sinks, `stages` improves, as the search goes on."""
+
+    model: Model
+    shape: Shape
+    bound: float  # samples per second
+    stages: tuple[int, ...] | None = None
+    closed_by: str = ""  # what showed that nothing better is left in it
+
+    def rate(self, busiest_s: float) -> float:
+        """Samples per second, if the busiest device or port is busy for so long."""
+        instance = self.model.instance
+        period_s = max(busiest_s, MIN_PERIOD_S) * instance.bubble(self.shape.depth)
+        return self.shape.width * instance.problem.microbatch / period_s
+
+    def seconds(self, rate: float) -> float:
+        """The inverse of `rate`."""
+        instance = self.model.instance
+        samples = self.shape.width * instance.problem.microbatch
+        return samples / rate / instance.bubble(self.shape.depth) if rate else float("inf")
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Best bound first; among equals more devices, fewer stages, larger microbatches."""
+        shape = self.shape
+        return (
+            -float(f"{self.bound:.9g}"),
+            -shape.depth * shape.width,
+            shape.depth,
+            -self.model.instance.problem.microbatch,
+            LAYOUTS.index(shape.layout),
+        )
+
+
+def make_models(
+    problems: Iterable[PlacementProblem], recompute: Recompute, ideals: int
+) -> list[Model]:
+    """The models of one structure; their ideals are listed once."""
+    models: list[Model] = []
+    for problem in problems:
+        instance = make_instance(problem)
+        if models and models[0].instance.predecessors == instance.predecessors:
+            family = models[0].family
+        else:
+            family = make_family(instance, ideals)
+        costs = step_costs(instance, make_steps(instance, family), recompute)
+        models.append(Model(instance, costs))
+    return models
+
+
+def make_shapes(
+    instance: Instance, depths: Sequence[int] | None, widths: Sequence[int] | None
+) -> list[Shape]:
+    """The shapes to consider: by default every depth, with as many replicas as find room."""
+    problem = instance.problem
+    gpus = problem.topology.gpus
+    most = min(gpus, instance.size, problem.constraints.max_stages or gpus)
+    if problem.schedule == "2bw" and problem.microbatches is not None:
+        _check_microbatches(depths, problem.microbatches)
+        most = min(most, problem.microbatches)
+    sizes = []
+    for depth in depths or range(1, most + 1):
+        if depth > instance.size:
+            raise InfeasibleError(
+                f"{depth} stages asked for, but the model has {instance.size} indivisible blocks; "
+                f"ask for at most {instance.size}"
+            )
+        for width in widths or (gpus // depth,):
+            if depth < 1 or width < 1 or depth * width > gpus:
+                if depths and (widths or depth > gpus or depth < 1):
+                    raise UsageError(
+                        f"{depth} stages x {max(width, 1)} replicas do not fit {gpus} devices"
+                    )
+                continue
+            sizes.append((depth, width))
+    if depths is None and widths and not sizes:
+        raise UsageError(f"{min(widths)} replicas do not fit {gpus} devices")
+    return [
+        Shape(depth, width, layout)
+        for depth, width in sorted(set(sizes))
+        # Where it makes no difference, only the first.
+        for layout in LAYOUTS[: 1 + (depth > 1 and width > 1 and len(problem.topology.levels) > 1)]
+    ]
+
+
+def _check_microbatches(depths: Sequence[int] | None, microbatches: int) -> None:
+    if depths and max(depths) > microbatches:
+        raise UsageError(
+            f"{microbatches} microbatches per update are too few for {max(depths)} stages: "
+            f"PipeDream-2BW needs at least one per stage; ask for {max(depths)} or more"
+        )
+
+
+def make_candidates(models: Sequence[Model], shapes: Sequence[Shape]) -> list[Candidate]:
+    """All shapes at all microbatch sizes, the most promising first; bound 0: impossible."""
+    deepest = max((shape.depth for shape in shapes), default=0)
+    found = []
+    for model in models:
+        least = [0.0] * deepest
+        if model.family.complete:
+            least = least_by_depth(model.costs, deepest)
+        for shape in shapes:
+            candidate = Candidate(model, shape, 0.0)
+            busiest_s = max(least[shape.depth - 1], _least_busy(model, shape))
+            if busiest_s < float("inf"):
+                candidate.bound = candidate.rate(busiest_s)
+            else:
+                candidate.closed_by = "bounds"
+            found.append(candidate)
+    return sorted(found, key=lambda candidate: candidate.order)
+
+
+def _least_busy(model: Model, shape: Shape) -> float:
+    """Seconds that the busiest device or port needs, by sums alone."""
+    instance, topology = model.instance, model.instance.problem.topology
+    m = instance.problem.microbatches_at(shape.depth)
+    again = 2 if model.recompute == "always" else 1
+    work = again * instance.forward_ps + instance.backward_ps
+    states = [tied.state for tied in instance.tied]
+    update_ps = int(instance.update_ps.sum()) + sum(state.update_ps for state in states)
+    gradients = int(instance.gradients.sum()) + sum(state.gradients for state in states)
+    ring = ring_bytes(gradients, shape.width, m)
+    bounds = [
+        (int(work.sum()) + update_ps / m) / shape.depth / PS,
+        int(work.max()) / PS,
+        ring / shape.depth / topology.levels[0].bandwidth,
+    ]
+    for level in range(1, len(topology.levels)):
+        # Every gradient goes around its ring; the busiest port has at least the mean load.
+        ports = {topology.unit(rank, level) for rank in range(shape.depth * shape.width)}
+        crossings = min(_ring_crossings(model, shape, level, k) for k in range(shape.depth))
+        bounds.append(crossings * ring / len(ports) / topology.levels[level].bandwidth)
+    # Below what is attained, whatever the order of additions.
+    return max(bounds) * (1 - 1e-12)
+
+
+def _ring_crossings(model: Model, shape: Shape, level: int, k: int) -> int:
+    topology = model.instance.problem.topology
+    units = [topology.unit(shape.rank(k, r), level) for r in range(shape.width)]
+    return sum(unit != units[r - 1] for r, unit in enumerate(units))

@@ -1,0 +1,251 @@
+"""solve: the best placement over depth, width, microbatch size, recomputation and layout.
+
+Bounds rule out most shapes, a dynamic program solves or bounds the others, and an integer program
+settles what it leaves open; all share the best placement found so far.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from p2bw.compiler.placement.candidates import (
+    Candidate,
+    make_candidates,
+    make_models,
+    make_shapes,
+)
+from p2bw.compiler.placement.cpsat import TOLERANCE, solve_shape
+from p2bw.compiler.placement.dp import Recompute, best_chain, step_costs
+from p2bw.compiler.placement.evaluate import (
+    Evaluation,
+    choose_recompute,
+    evaluate,
+    waiting_bytes,
+)
+from p2bw.compiler.placement.explain import explain_infeasible
+from p2bw.compiler.placement.result import Limits, Placement, Progress
+from p2bw.compiler.problem import PlacementProblem
+from p2bw.runtime.errors import InfeasibleError, TimeLimitError
+
+MAX_MENDS = 8  # times that the dynamic program is asked again with less memory
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+Problems = Mapping[int, PlacementProblem] | Callable[[int], PlacementProblem]
+OnProgress = Callable[[Progress], None]
+
+
+def solve(
+    problems: Problems,
+    *,
+    depths: Iterable[int] | None = None,
+    widths: Iterable[int] | None = None,
+    microbatches: Iterable[int] | None = None,
+    recompute: Recompute = "auto",
+    limits: Limits | None = None,
+    progress: OnProgress | None = None,
+) -> Placement:
+    """The placement with the most samples per second, and how near to the best it is proven to be.
+
+    `problems` gives the problem at each microbatch size; without `microbatches`, all of a mapping's
+    or the powers of two. Without `depths`, every depth; without `widths`, as many replicas as the
+    devices allow. InfeasibleError if nothing fits; TimeLimitError if that could not be settled.
+    """
+    limits = limits or Limits()
+    if microbatches is None:
+        microbatches = problems if isinstance(problems, Mapping) else MICROBATCHES
+    get = problems.__getitem__ if isinstance(problems, Mapping) else problems
+    chosen = [get(size) for size in sorted(set(microbatches))]
+    depths = sorted(set(depths)) if depths is not None else None
+    widths = sorted(set(widths)) if widths is not None else None
+    models = make_models(chosen, recompute, limits.ideals)
+    shapes = make_shapes(models[0].instance, depths, widths)
+    search = _Search(make_candidates(models, shapes), progress)
+    search.dynamic_program()
+    search.integer_program(limits.deterministic_s)
+    if search.best is None:
+        if search.open():
+            raise TimeLimitError(
+                f"no placement found within {limits.deterministic_s:g} deterministic seconds, and "
+                "none ruled out; raise the limit, fix --depth, or offer more memory"
+            )
+        raise InfeasibleError(explain_infeasible(models, shapes))
+    return search.placement()
+
+
+def solve_fixed(
+    problem: PlacementProblem,
+    depth: int,
+    width: int = 1,
+    *,
+    recompute: Recompute = "auto",
+    limits: Limits | None = None,
+) -> Placement:
+    """The best placement of one shape at the problem's own microbatch size."""
+    return solve(
+        {problem.microbatch: problem},
+        depths=(depth,),
+        widths=(width,),
+        recompute=recompute,
+        limits=limits,
+    )
+
+
+def judge(candidate: Candidate, stages: Sequence[int]) -> tuple[Evaluation, tuple[bool, ...]]:
+    """The exact numbers of a placement with the best choice of recomputation."""
+    model = candidate.model
+    again = choose_recompute(model.instance, candidate.shape, stages, model.recompute)
+    return evaluate(model.instance, candidate.shape, stages, again), again
+
+
+class _Search:
+    """The candidates, and the best placement so far."""
+
+    def __init__(self, candidates: list[Candidate], progress: OnProgress | None) -> None:
+        self.candidates = candidates
+        self.best: Candidate | None = None
+        self.rate = 0.0  # of the best
+        self._progress = progress
+
+    def open(self) -> list[Candidate]:
+        """What may still hold something better, the most promising first."""
+        for candidate in self.candidates:
+            if not candidate.closed_by and candidate.bound <= self.rate * (1 + TOLERANCE):
+                candidate.closed_by = "bounds"
+        left = [candidate for candidate in self.candidates if not candidate.closed_by]
+        return sorted(left, key=lambda candidate: candidate.order)
+
+    def dynamic_program(self) -> None:
+        """Solve by the dynamic program whatever the bounds leave."""
+        tried: set[int] = set()
+        while True:
+            left = [candidate for candidate in self.open() if id(candidate) not in tried]
+            if not left:
+                return
+            self._report("dynamic program", len(tried))
+            tried.add(id(left[0]))
+            self._chain(left[0])
+
+    def integer_program(self, limit: float) -> None:
+        """Settle by CP-SAT what is still open, within a limit of deterministic time."""
+        tried: set[int] = set()
+        while True:
+            left = [candidate for candidate in self.open() if id(candidate) not in tried]
+            if not left:
+                return
+            candidate = left[0]
+            self._report("CP-SAT", len(tried))
+            tried.add(id(candidate))
+            found = solve_shape(
+                candidate.model.instance,
+                candidate.shape,
+                candidate.model.recompute,
+                upper_s=candidate.seconds(self.rate),
+                hint=candidate.stages,
+                limit=limit / len(left),
+            )
+            limit -= found.spent
+            candidate.bound = min(candidate.bound, self._bound(candidate, found.bound_s))
+            if found.stages is not None:
+                self._offer(candidate, found.stages)
+            self._close(candidate, "CP-SAT")
+
+    def _chain(self, candidate: Candidate) -> None:
+        model, shape = candidate.model, candidate.shape
+        upper_s = candidate.seconds(self.rate)
+        steps = model.costs.steps
+        steps = steps.where(steps.forward_s + steps.backward_s <= upper_s)
+        costs = step_costs(model.instance, steps, model.recompute, shape)
+        slack = [0] * shape.depth
+        for attempt in range(MAX_MENDS):
+            chain = best_chain(costs, slack, upper_s)
+            if attempt == 0 and (model.family.complete or shape.depth == 1):
+                bound = self._bound(candidate, upper_s if chain is None else chain.seconds)
+                candidate.bound = min(candidate.bound, bound)
+            if chain is None:
+                break
+            if self._offer(candidate, chain.stages):
+                break
+            # Tensors that skip stages wait in buffers that the chain did not count.
+            waiting = waiting_bytes(model.instance, shape, chain.stages)
+            slack = [max(known, found) for known, found in zip(slack, waiting, strict=True)]
+        self._close(candidate, "dynamic program")
+
+    def _bound(self, candidate: Candidate, busiest_s: float) -> float:
+        return candidate.rate(busiest_s) if busiest_s < float("inf") else 0.0
+
+    def _offer(self, candidate: Candidate, stages: tuple[int, ...]) -> bool:
+        """Take a placement if it is feasible and better; whether it is feasible."""
+        evaluation, _ = judge(candidate, stages)
+        if not evaluation.feasible:
+            return False
+        rate = candidate.rate(evaluation.busiest_s)
+        candidate.stages = stages
+        if rate > self.rate * (1 + TOLERANCE):
+            self.best, self.rate = candidate, rate
+        return True
+
+    def _close(self, candidate: Candidate, by: str) -> None:
+        if candidate.bound <= self.rate * (1 + TOLERANCE):
+            candidate.closed_by = by
+
+    def _report(self, phase: str, done: int) -> None:
+        if self._progress is not None:
+            left = self.open()
+            self._progress(
+                Progress(
+                    phase=phase,  # type: ignore[arg-type]
+                    done=len(self.candidates) - len(left),
+                    total=len(self.candidates),
+                    samples_per_s=self.rate or None,
+                    bound=max([self.rate, *(candidate.bound for candidate in left)]),
+                )
+            )
+
+    def placement(self) -> Placement:
+        """The best placement, with the proof over all candidates."""
+        assert self.best is not None
+        assert self.best.stages is not None
+        left = self.open()
+        bound = max([self.rate, *(candidate.bound for candidate in left)])
+        evaluation, again = judge(self.best, self.best.stages)
+        instance, shape = self.best.model.instance, self.best.shape
+        problem = instance.problem
+        busy_s = sum(stage.forward_s + stage.backward_s for stage in evaluation.stages)
+        return Placement(
+            depth=shape.depth,
+            width=shape.width,
+            microbatch=problem.microbatch,
+            microbatches_per_update=problem.microbatches_at(shape.depth),
+            layout=shape.layout,
+            stage_of_block=instance.blocks_to_stages(self.best.stages),
+            recompute=again,
+            devices=tuple(
+                tuple(shape.rank(k, replica) for replica in range(shape.width))
+                for k in range(shape.depth)
+            ),
+            stages=evaluation.stages,
+            links=evaluation.links,
+            period_s=evaluation.period_s,
+            samples_per_s=self.rate,
+            utilisation=busy_s * shape.width / (problem.topology.gpus * evaluation.period_s),
+            bytes_per_sample=evaluation.sent_bytes / problem.microbatch,
+            status="feasible" if left else "optimal",
+            bound=bound,
+            gap=bound / self.rate - 1,
+            search_space=self._search_space(),
+        )
+
+    def _search_space(self) -> str:
+        """What was searched and how it was settled, in one line."""
+        models = list(dict.fromkeys(id(candidate.model) for candidate in self.candidates))
+        by_id = {id(candidate.model): candidate.model for candidate in self.candidates}
+        sizes = ", ".join(str(by_id[i].instance.problem.microbatch) for i in models)
+        depths = [candidate.shape.depth for candidate in self.candidates]
+        span = f"{min(depths)}..{max(depths)}" if min(depths) < max(depths) else f"{depths[0]}"
+        counts = Counter(candidate.closed_by or "open" for candidate in self.candidates)
+        how = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+        model = self.candidates[0].model
+        topology = model.instance.problem.topology
+        return (
+            f"{topology.gpus} x {topology.device.name}, {span} stages, microbatch {sizes}, "
+            f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
+        )
