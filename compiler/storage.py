@@ -3,9 +3,19 @@
 from collections.abc import Collection, Iterable, Iterator
 from operator import getitem
 
-from p2bw.compiler.program import Program, tensor_arguments
+from p2bw.compiler.program import Program, TensorType, tensor_arguments
 
 Storage = tuple[str, int]  # the node that made it, and which of its tensor outputs
+
+
+def is_contiguous(kind: TensorType, strides: tuple[int, ...]) -> bool:
+    """Do the elements lie in row-major order without gaps?"""
+    step = 1
+    for size, stride in zip(reversed(kind.shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return kind.elements == 0
+        step *= size
+    return True
 
 
 def storage_of(

@@ -54,7 +54,9 @@ def annotate_cost(program: Program) -> Program:
         if key not in measured:
             with program.entering(node):
                 measured[key] = _measure(node, *key)
-        costs[node.name] = _cost(program, node, needed[node.name], *measured[key])
+        forward, backward, moved = measured[key]
+        traffic = _traffic(program, node, needed[node.name], moved)
+        costs[node.name] = _Cost(forward, backward, *traffic)
     columns = {
         fact: {name: cost[i] for name, cost in costs.items()}
         for i, fact in enumerate(_Cost._fields)
@@ -146,37 +148,35 @@ def _extent(shape: Iterable[int], stride: Iterable[int]) -> int:
     return count
 
 
-def _cost(
-    program: Program,
-    node: fx.Node,
-    needed: tuple[bool, ...],
-    flops_forward: int,
-    flops_backward: int,
-    moved_backward: int,
-) -> _Cost:
-    facts = program.facts[node.name]
-    arguments = tuple(dict.fromkeys(tensor_arguments(node)))
-    outputs = [_bytes(program, node, i) for i in range(len(facts.out))]
+def _traffic(
+    program: Program, node: fx.Node, needed: tuple[bool, ...], moved_backward: int
+) -> tuple[int, int]:
+    """Bytes moved forward and backward, each tensor once: what a good fused kernel moves."""
+    every = tensor_arguments(node)
+    arguments = tuple(dict.fromkeys(every))
+    outputs = [_bytes(program, node, i) for i in range(len(needed))]
     alias, mutates = program.fact(node, "alias"), program.fact(node, "mutates")
-    backward = 0
-    if any(needed):
-        saved = sum(item.bytes for item in program.fact(node, "saved"))
-        backward = saved + sum(size for size, need in zip(outputs, needed, strict=True) if need)
-        backward += sum(
-            _bytes(program, argument)
-            for argument in arguments
-            if program.fact(argument, "requires_grad")[0]
-        )
     if not mutates and all(source is not None for source in alias):
         # A view moves nothing forward; backward it may pad (slice) or sum (expand).
-        return _Cost(flops_forward, flops_backward, 0, moved_backward if any(needed) else 0)
+        return 0, moved_backward
     written = sum(size for size, source in zip(outputs, alias, strict=True) if source is None)
-    every = tensor_arguments(node)
     written += sum(_bytes(program, every[index]) for index in mutates)
-    read = sum(_bytes(program, argument) for argument in arguments)
     if node.target in _LOOKUPS:
-        read = written + sum(_bytes(program, a) for a in arguments[1:])
-    return _Cost(flops_forward, flops_backward, read + written, backward)
+        read = written + sum(_bytes(program, argument) for argument in arguments[1:])
+    else:
+        read = sum(_bytes(program, argument) for argument in arguments)
+    if not any(needed):
+        return read + written, 0
+    given = sum(size for size, need in zip(outputs, needed, strict=True) if need)
+    kept = sum(
+        # Of a view, the storage is kept but only the view is read.
+        min(saved.bytes, _bytes(program, every[saved.index]))
+        if saved.kind == "input"
+        else saved.bytes
+        for saved in program.fact(node, "saved")
+    )
+    made = sum(_bytes(program, a) for a in arguments if program.fact(a, "requires_grad")[0])
+    return read + written, given + kept + made
 
 
 def _bytes(program: Program, node: fx.Node, output: int = 0) -> int:

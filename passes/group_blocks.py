@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from p2bw.compiler.program import Block, Program, tensor_arguments
-from p2bw.compiler.storage import Storage, storage_of
+from p2bw.compiler.storage import Storage, is_contiguous, storage_of
 from p2bw.passes.contract import Contraction, Cut, Size, UnionFind
 
 _aten = torch.ops.aten
@@ -78,6 +78,7 @@ def _mandatory_groups(
         _strided(program, nodes),
         _calls(program, nodes, indivisible),
         _loners(program, nodes),
+        _constants(nodes),
     ):
         for a, b in pairwise(members):
             joined.union(position[a], position[b])
@@ -155,16 +156,7 @@ def _strided(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Nod
 
 
 def _is_contiguous(program: Program, node: fx.Node) -> bool:
-    step = 1
-    for kind, strides in zip(
-        program.facts[node.name].out, program.fact(node, "strides"), strict=True
-    ):
-        step = 1
-        for size, stride in zip(reversed(kind.shape), reversed(strides), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-    return True
+    return all(map(is_contiguous, program.facts[node.name].out, program.fact(node, "strides")))
 
 
 def _calls(
@@ -188,6 +180,16 @@ def _loners(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node
         near = [*nodes[i + 1 :], *reversed(nodes[:i])]
         path = _path(program, node)
         yield [node, next((other for other in near if _path(program, other) == path), near[0])]
+
+
+def _constants(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """What depends on no tensor (a range of positions) is made where it is used, if in one place."""
+    constant: set[fx.Node] = set()
+    for node in nodes:
+        if constant.issuperset(tensor_arguments(node)):
+            constant.add(node)
+            if len(node.users) == 1:
+                yield [node, *(user for user in node.users if user.op == "call_function")]
 
 
 def _path(program: Program, node: fx.Node) -> str | None:
