@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
@@ -199,14 +200,16 @@ def _run(node: fx.Node, call: Call) -> _Observation:
     for tensor, meta in zip(tensors, call.tensors, strict=True):
         tensor.untyped_storage().resize_(meta.storage_bytes)
     kept: list[Tensor] = []
-    # Fake oneDNN recurrent layers keep a workspace of no size; the plain ones keep true tensors.
-    plain = torch.backends.mkldnn.flags(enabled=False)
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    with plain, saved_tensors_hooks(pack, lambda tensor: tensor), _CountRandom() as random:
+    with (
+        _plain_recurrence(),
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+        _CountRandom() as random,
+    ):
         result = invoke(node, tensors, "cpu")
     results = list(flatten_tensors(result))
     owner = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
@@ -217,6 +220,17 @@ def _run(node: fx.Node, call: Call) -> _Observation:
         saved=tuple(_classify(kept, tensors, results)),
         random_calls=random.calls,
     )
+
+
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    """Without oneDNN, whose recurrent layers keep a workspace that has no size on fake tensors."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def _meta(tensor: Tensor) -> TensorMeta:

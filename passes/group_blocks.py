@@ -183,7 +183,7 @@ def _loners(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node
 
 
 def _constants(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """What depends on no tensor (a range of positions) is made where it is used, if in one place."""
+    """What depends on no tensor (a range of positions) is made where it is used, if once."""
     constant: set[fx.Node] = set()
     for node in nodes:
         if constant.issuperset(tensor_arguments(node)):
