@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.export.graph_signature import InputKind
 
 from p2bw.compiler.program import Attribute, NodeFacts, Program, Scope, TensorType
-from p2bw.compiler.trace_errors import at
+from p2bw.compiler.trace_errors import AUTOCAST, at
 from p2bw.runtime.modelfile import ModelFile
 from p2bw.runtime.usercode import Line
 
@@ -162,7 +162,10 @@ class _Flat:
             enabled, submodule, *operands = arguments
             return self.inline(submodule, operands, replace(region, grad=enabled))
         if name == "wrap_with_autocast":
-            _device, dtype, enabled, _cache, submodule, *operands = arguments
+            device, dtype, enabled, _cache, submodule, *operands = arguments
+            if enabled and device != "cpu":
+                inner = [n for n in submodule.graph.nodes if n.op == "call_function"]
+                raise at(self._line(inner[0]) if inner else None, AUTOCAST)
             cast = str(dtype or torch.bfloat16).removeprefix("torch.") if enabled else ""
             return self.inline(submodule, operands, replace(region, autocast=cast))
         if node.target is operator.getitem and isinstance(arguments[0], (tuple, list)):
@@ -258,8 +261,9 @@ def _known(name: str, value: Tensor) -> Tensor:
     if isinstance(value, FakeTensor) or value.is_meta:
         kind = TensorType(tuple(value.shape), value.dtype)
         raise LostConstantError(
-            f"the model keeps the tensor {name}, {kind}, as a plain attribute; its values are "
-            f"not known without building the whole model. Register it: self.register_buffer"
+            f"the tensor {name}, {kind}, has no value without building the whole model; keep it "
+            f"as a buffer, self.register_buffer(name, tensor). (torch.autograd.grad inside of "
+            f"forward cannot be compiled.)"
         )
     return value.detach()
 

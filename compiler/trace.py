@@ -80,7 +80,10 @@ def trace(file: ModelFile, batch_size: int) -> Program:
         problem = ModelError(f"{file.path.name}: {lost}")
     with seeded("model"):
         model = build_real(file, mode, problem)
-    return _trace(file, batch_size, mode, model, microbatch)
+    try:
+        return _trace(file, batch_size, mode, model, microbatch)
+    except LostConstantError as lost:
+        raise ModelError(f"{file.path.name}: {lost}") from None
 
 
 def _trace(
@@ -146,9 +149,17 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 def _check_loss(file: ModelFile, loss: Tensor) -> None:
     where = file.path.name
     if loss.shape != ():
+        cure = (
+            "take its mean or sum"
+            if file.function("loss")
+            else "write loss(outputs, *targets) and targets(batch_size), or return a scalar"
+        )
+        made = (
+            "loss() returned" if file.function("loss") else "there is no loss(), and forward gave"
+        )
         raise ModelError(
-            f"{where}: the loss has shape {list(loss.shape)}, but must be a scalar; "
-            f"take its mean or sum, such as loss.mean()"
+            f"{where}: the loss must be a scalar, but {made} a tensor of shape "
+            f"{list(loss.shape)}; {cure}"
         )
     if not loss.dtype.is_floating_point:
         raise ModelError(f"{where}: the loss is {loss.dtype}, which has no gradient")

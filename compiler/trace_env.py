@@ -6,13 +6,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import Any
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
 import torch
 from torch import fx
 
-from p2bw.compiler.trace_errors import at
+from p2bw.compiler.trace_errors import AUTOCAST, at
 from p2bw.runtime.errors import ModelError
 from p2bw.runtime.modelfile import ModelFile
 from p2bw.runtime.usercode import UserCode
@@ -22,7 +22,7 @@ from p2bw.runtime.usercode import UserCode
 def tracing(file: ModelFile) -> Iterator[None]:
     """Everything below at once."""
     with ExitStack() as stack:
-        stack.enter_context(quiet())
+        stack.enter_context(quiet(file.code))
         stack.enter_context(refuse_custom_functions(file.code))
         stack.enter_context(frozen_randomness(file))
         stack.enter_context(recording_lines(file.code))
@@ -101,18 +101,43 @@ def refuse_custom_functions(code: UserCode) -> Iterator[None]:
         torch.autograd.Function.apply = original
 
 
+class _WithoutTorch:
+    """A stream that leaves out what torch itself prints (graphs, when a trace fails)."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == "torch":
+            return len(text)
+        written: int = self._stream.write(text)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the tracer's warnings and logs, and the user's prints, away from the terminal."""
+def quiet(code: UserCode) -> Iterator[None]:
+    """Keep the tracer's warnings, logs and prints away from the terminal, stdout for results."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    stderr = cast(TextIO, _WithoutTorch(sys.stderr))
     try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            redirect_stderr(stderr),
+            redirect_stdout(stderr),
+        ):
+            warnings.simplefilter("always")
             yield
     finally:
         logger.setLevel(level)
+    for warning in caught:
+        if "Disabling autocast" in str(warning.message):
+            raise at(code.line(warning.filename, warning.lineno), AUTOCAST)
 
 
 @contextmanager
@@ -131,6 +156,6 @@ def frozen_randomness(file: ModelFile) -> Iterator[None]:
     for (name, old), (_, new) in zip(before, states(), strict=True):
         if old != new:
             raise ModelError(
-                f"{file.path.name}: forward draws numbers from {name}, which a compiled program "
-                f"would repeat for ever; draw them with torch instead (torch.rand)"
+                f"{file.path.name}: forward draws numbers from {name}, and a compiled program "
+                f"would repeat the same ones for ever; draw them with torch, such as torch.rand"
             )

@@ -1,6 +1,7 @@
 """What a failed trace means for the user: which line of the model, why, and what to do."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,11 @@ from torch._subclasses import FakeTensorMode
 from p2bw.compiler.program import TensorType
 from p2bw.runtime.errors import ModelError, P2BWError
 from p2bw.runtime.usercode import Line
+
+AUTOCAST = (
+    "autocast for a device that the example inputs are not on, so it would be left out; write "
+    "torch.autocast(x.device.type, dtype=...) for an input x"
+)
 
 # Exceptions by which torch says that Python asked for a value that only real data has.
 _DATA_DEPENDENT = (
@@ -28,13 +34,11 @@ def explain(
         if isinstance(link, P2BWError):
             return link
     code, factory = step.file.code, step.file.factory
-    if any(_is_data_dependent(link) for link in chain):
-        line = code.line_of(error)
+    if any(_needs_values(link) for link in chain):
         return at(
-            line,
-            f"the model of {factory}() decides by the values in a tensor, which a compiled program "
-            f"cannot do; use torch.where or a mask to compute both ways, or move the decision out "
-            f"of forward",
+            code.line_of(error),
+            "the model decides by the values in a tensor, which a compiled program cannot do; "
+            "compute both ways and choose by torch.where, or move the decision out of forward",
         )
     given = ", ".join(
         f"{name}: {TensorType(tuple(t.shape), t.dtype)}"
@@ -42,9 +46,27 @@ def explain(
     )
     failure = _failure(step, mode, tensors)
     if failure is not None:
-        return ModelError(code.describe(failure, f"the training step of {factory}()", given))
-    cure = f"{given}\nit runs as it is, but torch.export cannot trace it"
+        cure = f"the step is {_signatures(step)} on {given}"
+        return ModelError(code.describe(failure, f"the training step of {factory}()", cure))
+    cure = f"the step runs on {given}, but torch.export cannot trace it"
     return ModelError(code.describe(error, f"tracing {factory}()", cure))
+
+
+def _signatures(step: Any) -> str:
+    """The user's functions that the step calls: "Net.forward(x), then loss(logits, labels)"."""
+    steps = [f"{type(step.model).__name__}.forward{_signature(step.model.forward)}"]
+    if loss := step.file.function("loss"):
+        steps.append(f"loss{_signature(getattr(loss, 'forward', loss))}")
+    return ", then ".join(steps)
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return "(...)"
+    names = [str(p.replace(annotation=p.empty)) for p in parameters]
+    return f"({', '.join(names)})" if len(names) <= 8 else f"({', '.join(names[:8])}, ...)"
 
 
 def at(line: Line | None, message: str) -> ModelError:
@@ -63,8 +85,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _is_data_dependent(error: BaseException) -> bool:
-    return any(kind.__name__ in _DATA_DEPENDENT for kind in type(error).__mro__)
+def _needs_values(error: BaseException) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return not kinds.isdisjoint(_DATA_DEPENDENT) or ".numpy() is not supported" in str(error)
 
 
 def _failure(step: Any, mode: FakeTensorMode, tensors: list[Tensor]) -> Exception | None:

@@ -209,7 +209,7 @@ def load_model_file(
     path = Path(path)
     resolved = path.resolve()
     source = _read(path)
-    code = UserCode(str(resolved.parent))
+    code = UserCode(str(resolved.parent), path.name)
     module = _run(path, resolved, source, code)
     file = ModelFile(
         path=path,

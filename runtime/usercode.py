@@ -47,6 +47,7 @@ class UserCode:
     """Tells the user's source files (those under the model file's directory) from all others."""
 
     directory: str
+    name: str  # of the model file
 
     def owns(self, file: str) -> bool:
         return (
@@ -91,16 +92,14 @@ class UserCode:
         """Place, what failed, why and the line itself, as one message."""
         line = self.line_of(error)
         if isinstance(error, SystemExit):
-            reason = f"called sys.exit({'' if error.code is None else error.code!r})"
+            reason = f"called sys.exit({'' if error.code is None else repr(error.code)})"
         else:
             reason = f"raised {type(error).__name__}"
             if first := str(error).strip().partition("\n")[0]:
                 reason += f": {first}"
-        message = f"{what} {reason}"
-        if line:
-            message = f"{line}: {message}"
-            if line.text:
-                message += f"\n    {line.text}"
+        message = f"{line or self.name}: {what} {reason}"
+        if line and line.text:
+            message += f"\n    {line.text}"
         return f"{message}\n{cure}" if cure else message
 
 
