@@ -48,13 +48,13 @@ class Net(nn.Module):
 
     def forward(self, tokens):
         self.enter(0)
-        x0 = F.dropout(self.wte(tokens), 0.1).sum(1)
+        x = x0 = F.dropout(self.wte(tokens), 0.1).sum(1)
+        x0t = x0.t()
         mask = (tokens[:, :1] > 2).expand(-1, 8)
-        x = x0
         for i, block in enumerate(self.h):
             self.enter(i)
-            x = block(x) + x0.t().t().reshape(-1).view(-1, 8) if i == 2 else block(x)
-        x = x + torch.where(mask, x0, 0.0)
+            x = block(x) + x0t.t().view(-1).view(-1, 8) if i == 2 else block(x)
+        x = x + torch.where(mask, x0t.t(), 0.0)
         return self.head(x) * 0.2
 
 
