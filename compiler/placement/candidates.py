@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from p2bw.compiler.placement.dp import Recompute, StepCosts, least_by_depth, step_costs
 from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Shape, ring_bytes
-from p2bw.compiler.placement.ideals import Family, make_family, make_steps
+from p2bw.compiler.placement.ideals import MAX_IDEALS, Family, make_family, make_steps
 from p2bw.compiler.placement.instance import PS, Instance, make_instance
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, UsageError
@@ -63,7 +63,7 @@ class Candidate:
 
 
 def make_models(
-    problems: Iterable[PlacementProblem], recompute: Recompute, ideals: int
+    problems: Iterable[PlacementProblem], recompute: Recompute, ideals: int = MAX_IDEALS
 ) -> list[Model]:
     """The models of one structure; their ideals are listed once."""
     models: list[Model] = []
@@ -88,13 +88,15 @@ def make_shapes(
     if problem.schedule == "2bw" and problem.microbatches is not None:
         _check_microbatches(depths, problem.microbatches)
         most = min(most, problem.microbatches)
+    if depths and min(depths) > instance.size:
+        raise InfeasibleError(
+            f"{min(depths)} stages asked for, but the model has {instance.size} indivisible "
+            f"blocks; ask for at most {instance.size}"
+        )
     sizes = []
     for depth in depths or range(1, most + 1):
         if depth > instance.size:
-            raise InfeasibleError(
-                f"{depth} stages asked for, but the model has {instance.size} indivisible blocks; "
-                f"ask for at most {instance.size}"
-            )
+            continue
         for width in widths or (gpus // depth,):
             if depth < 1 or width < 1 or depth * width > gpus:
                 if depths and (widths or depth > gpus or depth < 1):

@@ -8,14 +8,23 @@ ideals is a lower bound, and proves a placement that attains it.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from p2bw.compiler.placement.evaluate import Shape, ring_bytes
+from p2bw.compiler.placement.evaluate import (
+    Shape,
+    choose_recompute,
+    evaluate,
+    ring_bytes,
+    waiting_bytes,
+)
 from p2bw.compiler.placement.ideals import Floats, Steps, chain_to_stages
-from p2bw.compiler.placement.instance import Instance
+from p2bw.compiler.placement.instance import PS, Instance, Numbers
+from p2bw.compiler.placement.uplinks import Uplink, make_uplinks
+
+MAX_MENDS = 8  # times that a chain is sought with more memory kept free
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -35,7 +44,9 @@ class StepCosts:
     kept_s: Floats  # stash kept
     again_s: Floats  # forward recomputed
     fixed: Floats  # bytes besides weights and what is in flight
-    uplinks: tuple[tuple[tuple[float, ...], ...], ...]  # by stage, see _uplinks
+    first: Numbers  # first and last stage that a step can be
+    last: Numbers
+    uplinks: tuple[tuple[Uplink, ...], ...]  # by stage
 
     def memory(self, in_flight: int, again: bool) -> Floats:
         steps = self.steps
@@ -56,40 +67,40 @@ class StepCosts:
     def stage(self, k: int, slack: Sequence[int]) -> Floats:
         """Cost of each step as stage k of the shape, `slack` bytes of its memory kept free."""
         assert self.shape is not None
-        instance, steps = self.instance, self.steps
-        cost = self.seconds(instance.in_flight(k, self.shape.depth), instance.limit - slack[k])
-        cost[(steps.pinned >= 0) & (steps.pinned != k)] = np.inf
-        ring = self._ring()
-        for up, down, around, bandwidth in self.uplinks[k]:
-            out = up * steps.sent + down * steps.received_gradient + around * ring
-            into = down * steps.received + up * steps.sent_gradient + around * ring
-            np.maximum(cost, np.maximum(out, into) / bandwidth, out=cost)
+        instance, shape = self.instance, self.shape
+        cost = self.seconds(instance.in_flight(k, shape.depth), instance.limit - slack[k])
+        cost[(self.first > k) | (self.last < k)] = np.inf
+        if self.uplinks and self.uplinks[k]:
+            m = instance.problem.microbatches_at(shape.depth)
+            ring = ring_bytes(1, shape.width, m) * self.steps.gradients
+            for uplink in self.uplinks[k]:
+                np.maximum(cost, uplink.seconds(self.steps, ring), out=cost)
         return cost
-
-    def _ring(self) -> Floats:
-        assert self.shape is not None
-        m = self.instance.problem.microbatches_at(self.shape.depth)
-        return self.steps.gradients * ring_bytes(1, self.shape.width, m)
 
 
 def step_costs(
-    instance: Instance, steps: Steps, recompute: Recompute, shape: Shape | None = None
+    instance: Instance,
+    steps: Steps,
+    recompute: Recompute,
+    shape: Shape | None = None,
+    upper: float = np.inf,
 ) -> StepCosts:
-    """The costs that do not depend on the stage's number, added up."""
+    """The costs of all steps, exact where a placement stays below `upper` seconds."""
     out = steps.sent + steps.received_gradient
     into = steps.received + steps.sent_gradient
     update_s = np.zeros(len(out))
-    uplinks: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    first = np.zeros(len(out), np.int64)
+    last = np.full(len(out), instance.size)
     if shape is not None:
         m = instance.problem.microbatches_at(shape.depth)
         update_s = steps.update_s / m
         shared = ring_bytes(1, shape.width, m) * steps.gradients
         shared += ring_bytes(1, 2, m) * steps.exchanged
         out, into = out + shared, into + shared
-        uplinks = tuple(_uplinks(instance, shape, k) for k in range(shape.depth))
+        first, last = _windows(instance, steps, shape.depth, upper)
     port_s = np.maximum(out, into) / instance.problem.topology.levels[0].bandwidth
     compute_s = steps.forward_s + steps.backward_s
-    return StepCosts(
+    costs = StepCosts(
         instance,
         steps,
         recompute,
@@ -105,35 +116,33 @@ def step_costs(
         + steps.received_gradient
         + steps.sent
         + steps.sent_gradient,
-        uplinks=uplinks,
+        first=first,
+        last=last,
+        uplinks=(),
     )
+    if shape is None:
+        return costs
+    slack = [0] * shape.depth
+    possible = [costs.stage(k, slack) <= upper for k in range(shape.depth)]
+    uplinks = make_uplinks(instance.problem, steps, shape, possible.__getitem__)
+    return replace(costs, uplinks=uplinks)
 
 
-def _uplinks(instance: Instance, shape: Shape, k: int) -> tuple[tuple[float, ...], ...]:
-    """What stage k puts on the port of each group of ranks that holds some of its replicas.
-
-    Each entry: replicas whose next stage, whose previous stage, and whose ring neighbour lies
-    outside the group, and the port's bandwidth. Ranks grow with the stage, so that what goes
-    beyond the next stage leaves the group wherever the next stage does.
-    """
-    topology = instance.problem.topology
-    found: set[tuple[float, ...]] = set()
-    for level in range(1, len(topology.levels)):
-        counts: dict[int, list[int]] = {}
-        for replica in range(shape.width):
-            own = topology.unit(shape.rank(k, replica), level)
-            peers = (
-                (min(k + 1, shape.depth - 1), replica),
-                (max(k - 1, 0), replica),
-                (k, (replica + 1) % shape.width),
-            )
-            mine = counts.setdefault(own, [0, 0, 0])
-            for kind, peer in enumerate(peers):
-                mine[kind] += topology.unit(shape.rank(*peer), level) != own
-        for count in counts.values():
-            if any(count):
-                found.add((*map(float, count), topology.levels[level].bandwidth))
-    return tuple(sorted(found))
+def _windows(instance: Instance, steps: Steps, depth: int, upper: float) -> tuple[Numbers, Numbers]:
+    """First and last stage that each step can be: what lies before it fits in the stages before."""
+    work_s = (steps.family.members @ (instance.forward_ps + instance.backward_ps)) / PS
+    # As many stages as the work needs; none is empty.
+    size = steps.family.members.sum(axis=1)
+    before = np.maximum(np.ceil(work_s / upper * (1 - 1e-9)), size > 0).astype(np.int64)
+    left = np.ceil((work_s[-1] - work_s) / upper * (1 - 1e-9))
+    after = np.maximum(left, size < instance.size).astype(np.int64)
+    first = np.maximum(before[steps.source], before[steps.target] - 1)
+    last = depth - np.maximum(after[steps.source], after[steps.target] + 1)
+    pinned = steps.pinned >= 0
+    return (
+        np.where(pinned, np.maximum(first, steps.pinned), first),
+        np.where(pinned, np.minimum(last, steps.pinned), last),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +163,31 @@ def best_chain(costs: StepCosts, slack: Sequence[int], upper: float) -> Chain | 
     if not best <= upper or best == np.inf:
         return None
     return Chain(best, _tidiest(costs, slack, best))
+
+
+def feasible_chain(costs: StepCosts, upper: float) -> tuple[float, tuple[int, ...] | None]:
+    """The least bottleneck (a bound, infinity if there is none up to `upper`) and a placement.
+
+    Tensors that skip stages wait in buffers that a step does not know of. Where a chain does not
+    fit for them, it is sought again with as much memory kept free.
+    """
+    assert costs.shape is not None
+    instance, shape = costs.instance, costs.shape
+    slack = [0] * shape.depth
+    bound = None
+    for _ in range(MAX_MENDS):
+        chain = best_chain(costs, slack, upper)
+        if bound is None:
+            bound = chain.seconds if chain else np.inf
+        if chain is None:
+            break
+        again = choose_recompute(instance, shape, chain.stages, costs.recompute)
+        if evaluate(instance, shape, chain.stages, again).feasible:
+            return bound, chain.stages
+        waiting = waiting_bytes(instance, shape, chain.stages)
+        slack = [max(known, found) for known, found in zip(slack, waiting, strict=True)]
+    assert bound is not None
+    return bound, None
 
 
 def least_by_depth(costs: StepCosts, depth: int) -> list[float]:

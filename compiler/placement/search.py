@@ -14,19 +14,17 @@ from p2bw.compiler.placement.candidates import (
     make_shapes,
 )
 from p2bw.compiler.placement.cpsat import TOLERANCE, solve_shape
-from p2bw.compiler.placement.dp import Recompute, best_chain, step_costs
+from p2bw.compiler.placement.dp import Recompute, feasible_chain, step_costs
 from p2bw.compiler.placement.evaluate import (
     Evaluation,
     choose_recompute,
     evaluate,
-    waiting_bytes,
 )
 from p2bw.compiler.placement.explain import explain_infeasible
 from p2bw.compiler.placement.result import Limits, Placement, Progress
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
-MAX_MENDS = 8  # times that the dynamic program is asked again with less memory
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 Problems = Mapping[int, PlacementProblem] | Callable[[int], PlacementProblem]
@@ -122,7 +120,10 @@ class _Search:
                 return
             self._report("dynamic program", len(tried))
             tried.add(id(left[0]))
+            unbounded = self.rate == 0
             self._chain(left[0])
+            if unbounded and not left[0].closed_by:
+                self._chain(left[0])  # a placement to beat makes the bound tighter
 
     def integer_program(self, limit: float) -> None:
         """Settle by CP-SAT what is still open, within a limit of deterministic time."""
@@ -153,35 +154,25 @@ class _Search:
         upper_s = candidate.seconds(self.rate)
         steps = model.costs.steps
         steps = steps.where(steps.forward_s + steps.backward_s <= upper_s)
-        costs = step_costs(model.instance, steps, model.recompute, shape)
-        slack = [0] * shape.depth
-        for attempt in range(MAX_MENDS):
-            chain = best_chain(costs, slack, upper_s)
-            if attempt == 0 and (model.family.complete or shape.depth == 1):
-                bound = self._bound(candidate, upper_s if chain is None else chain.seconds)
-                candidate.bound = min(candidate.bound, bound)
-            if chain is None:
-                break
-            if self._offer(candidate, chain.stages):
-                break
-            # Tensors that skip stages wait in buffers that the chain did not count.
-            waiting = waiting_bytes(model.instance, shape, chain.stages)
-            slack = [max(known, found) for known, found in zip(slack, waiting, strict=True)]
+        costs = step_costs(model.instance, steps, model.recompute, shape, upper_s)
+        bound_s, stages = feasible_chain(costs, upper_s)
+        if model.family.complete or shape.depth == 1:
+            candidate.bound = min(candidate.bound, self._bound(candidate, min(bound_s, upper_s)))
+        if stages is not None:
+            self._offer(candidate, stages)
         self._close(candidate, "dynamic program")
 
     def _bound(self, candidate: Candidate, busiest_s: float) -> float:
         return candidate.rate(busiest_s) if busiest_s < float("inf") else 0.0
 
-    def _offer(self, candidate: Candidate, stages: tuple[int, ...]) -> bool:
-        """Take a placement if it is feasible and better; whether it is feasible."""
+    def _offer(self, candidate: Candidate, stages: tuple[int, ...]) -> None:
+        """Take a feasible placement if it is better than the best."""
         evaluation, _ = judge(candidate, stages)
-        if not evaluation.feasible:
-            return False
-        rate = candidate.rate(evaluation.busiest_s)
+        assert evaluation.feasible, evaluation.problems
         candidate.stages = stages
+        rate = candidate.rate(evaluation.busiest_s)
         if rate > self.rate * (1 + TOLERANCE):
             self.best, self.rate = candidate, rate
-        return True
 
     def _close(self, candidate: Candidate, by: str) -> None:
         if candidate.bound <= self.rate * (1 + TOLERANCE):

@@ -1,0 +1,92 @@
+"""Uplinks: what a stage puts on the ports that several devices share, at least."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from p2bw.compiler.placement.evaluate import Shape, ring_bytes
+from p2bw.compiler.placement.ideals import Flags, Floats, Steps
+from p2bw.compiler.problem import PlacementProblem
+
+Crossings = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Uplink:
+    """The port of a group of ranks that holds replicas of a stage.
+
+    `up`, `down`, `around`: of how many replicas the next stage, the previous one, and the next
+    replica lie outside the group. `least_out` and `least_into`: bytes that the group's other stages
+    send through the port, at least.
+    """
+
+    up: int
+    down: int
+    around: int
+    bandwidth: float
+    least_out: float
+    least_into: float
+
+    def seconds(self, steps: Steps, ring: Floats) -> Floats:
+        """What each step, as the stage, makes of the port's time."""
+        out = self.up * steps.sent + self.down * steps.received_gradient + self.around * ring
+        into = self.down * steps.received + self.up * steps.sent_gradient + self.around * ring
+        result: Floats = np.maximum(out + self.least_out, into + self.least_into) / self.bandwidth
+        return result
+
+
+def make_uplinks(
+    problem: PlacementProblem, steps: Steps, shape: Shape, possible: Callable[[int], Flags]
+) -> tuple[tuple[Uplink, ...], ...]:
+    """By stage, the ports it uses; `possible` says which steps can be a stage."""
+    levels = range(1, len(problem.topology.levels))
+    counts = [crossings(problem, shape, level) for level in levels]
+    if not any(counts):
+        return ((),) * shape.depth
+    ring = ring_bytes(1, shape.width, problem.microbatches_at(shape.depth)) * steps.gradients
+    columns = np.stack(
+        [steps.sent, steps.received_gradient, ring, steps.received, steps.sent_gradient]
+    )
+    least = []
+    for k in range(shape.depth):
+        some = columns[:, possible(k)]
+        least.append(some.min(axis=1) if some.size else np.zeros(5))
+    found: list[set[Uplink]] = [set() for _ in range(shape.depth)]
+    for level, groups in zip(levels, counts, strict=True):
+        for members in groups.values():
+            for k, (up, down, around) in members.items():
+                others = [(c, least[i]) for i, c in members.items() if i != k]
+                out = sum(c[0] * size[0] + c[1] * size[1] + c[2] * size[2] for c, size in others)
+                into = sum(c[1] * size[3] + c[0] * size[4] + c[2] * size[2] for c, size in others)
+                bandwidth = problem.topology.levels[level].bandwidth
+                found[k].add(Uplink(up, down, around, bandwidth, float(out), float(into)))
+    return tuple(tuple(sorted(ports)) for ports in found)
+
+
+def crossings(
+    problem: PlacementProblem, shape: Shape, level: int
+) -> dict[int, dict[int, Crossings]]:
+    """By group of ranks and stage: replicas with their next, previous, ring neighbour outside.
+
+    Ranks grow with the stage, so that what goes beyond the next stage leaves a group wherever the
+    next stage is outside.
+    """
+    topology = problem.topology
+    found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0]))
+    for k in range(shape.depth):
+        for replica in range(shape.width):
+            own = topology.unit(shape.rank(k, replica), level)
+            peers = (
+                (min(k + 1, shape.depth - 1), replica),
+                (max(k - 1, 0), replica),
+                (k, (replica + 1) % shape.width),
+            )
+            for kind, peer in enumerate(peers):
+                found[own][k][kind] += topology.unit(shape.rank(*peer), level) != own
+    return {
+        own: {k: (c[0], c[1], c[2]) for k, c in members.items()}
+        for own, members in found.items()
+        if any(any(c) for c in members.values())
+    }
