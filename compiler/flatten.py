@@ -1,4 +1,4 @@
-"""From torch.export's program to one flat graph: attributes by name, regions inlined."""
+"""From torch.export's program to one flat graph: attributes by name, regions as facts."""
 
 import operator
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.export.graph_signature import InputKind
 
@@ -50,7 +50,7 @@ def flatten(
     """The Program of an exported training step; `input_names` name its tensor inputs in order."""
     flat = _Flat(file, model)
     operands = flat.placeholders(exported, input_names)
-    (loss,) = flat.inline(exported.graph_module, operands, _Region())
+    loss = flat.copy(exported.graph, operands)
     flat.facts[flat.graph.output(loss).name] = NodeFacts()
     _drop_constant_copies(flat.graph)
     _drop_dead(flat.graph)
@@ -130,59 +130,57 @@ class _Flat:
         self.facts[node.name] = facts
         return node
 
-    def inline(
-        self, module: fx.GraphModule, operands: Sequence[Any], region: _Region
-    ) -> Sequence[Any]:
-        """Copy a graph's nodes, regions of grad mode and autocast flattened; gives its results."""
-        feed = iter(operands)
-        env: dict[fx.Node, Any] = {}
-        for node in module.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(feed)
-            elif node.op == "get_attr":
-                env[node] = _lookup(module, str(node.target))
+    def copy(self, graph: fx.Graph, operands: Sequence[fx.Node]) -> fx.Node:
+        """Copy a graph's calls, keeping track of grad mode and autocast; gives its one result."""
+        env = dict(zip(graph.find_nodes(op="placeholder"), operands, strict=True))
+        regions: dict[fx.Node, _Region] = {}  # what was in force before each autocast
+        region = _Region()
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr"):  # get_attr: what some calls would run
+                continue
+            if node.target is torch._C._set_grad_enabled:
+                region = replace(region, grad=node.args[0])
+            elif node.target is torch.amp.autocast_mode._enter_autocast:
+                regions[node] = region
+                region = self._cast(region, node, *node.args)
+            elif node.target is torch.amp.autocast_mode._exit_autocast:
+                region = replace(region, autocast=regions[node.args[0]].autocast)
             elif node.op == "output":
-                results = fx.node.map_arg(node.args[0], env.__getitem__)
-                return results if isinstance(results, (tuple, list)) else (results,)
+                (loss,) = node.args[0]
+                return env[loss]
             else:
-                arguments = fx.node.map_arg(node.args, env.__getitem__)
-                keywords = fx.node.map_arg(node.kwargs, env.__getitem__)
-                env[node] = self._call(node, arguments, keywords, region)
+                env[node] = self._call(node, env, region)
         raise AssertionError("a graph without an output")
 
-    def _call(
+    def _cast(
         self,
-        node: fx.Node,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
         region: _Region,
-    ) -> Any:
-        name = getattr(node.target, "__name__", "")
-        if name == "wrap_with_set_grad_enabled":
-            enabled, submodule, *operands = arguments
-            return self.inline(submodule, operands, replace(region, grad=enabled))
-        if name == "wrap_with_autocast":
-            device, dtype, enabled, _cache, submodule, *operands = arguments
-            if enabled and device != "cpu":
-                inner = [n for n in submodule.graph.nodes if n.op == "call_function"]
-                raise at(self._line(inner[0]) if inner else None, AUTOCAST)
-            cast = str(dtype or torch.bfloat16).removeprefix("torch.") if enabled else ""
-            return self.inline(submodule, operands, replace(region, autocast=cast))
-        if node.target is operator.getitem and isinstance(arguments[0], (tuple, list)):
-            return arguments[0][arguments[1]]  # a result of an inlined region
+        node: fx.Node,
+        device: str,
+        dtype: torch.dtype | None,
+        enabled: bool = True,
+        cache: bool = True,
+    ) -> _Region:
+        if enabled and device != "cpu":
+            raise at(self._line(node), AUTOCAST)
+        dtype = dtype or torch.get_autocast_dtype(device)
+        return replace(region, autocast=str(dtype).removeprefix("torch.") if enabled else "")
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, fx.Node], region: _Region) -> fx.Node:
         line = self._line(node)
-        if isinstance(node.target, HigherOrderOperator):
-            raise at(line, f"the model uses torch.{name}, which p2bw cannot cut into stages")
-        new = self.graph.create_node(
-            "call_function", node.target, arguments, keywords, name=node.name
-        )
-        self.values[new.name] = node.meta.get("val")
+        value = node.meta.get("val")
+        known = isinstance(node.target, OpOverload) or node.target is operator.getitem
+        if not known and not _is_symbolic(value):  # check() judges symbols, if they matter
+            name = getattr(node.target, "__name__", node.target)
+            raise at(line, f"the model uses {name}, which p2bw cannot cut into stages")
+        new = self.graph.node_copy(node, env.__getitem__)
+        self.values[new.name] = value
         self.lines[new.name] = line
         self.facts[new.name] = NodeFacts(
             scopes=self._scopes(node),
             source=str(line) if line else "",
             context=region.names,
-            out=_types(node.meta.get("val")),
+            out=_types(value),
         )
         return new
 
@@ -222,8 +220,6 @@ class _Flat:
                     "number; keep shapes fixed (torch.where instead of x[mask]) and numbers as "
                     "tensors (no .item())",
                 )
-            if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
-                raise at(line, f"the model calls {node.target}, which no stage can hold")
             for argument in _written(node):
                 if argument.op == "get_attr" and argument.target in self.constants:
                     raise at(
@@ -284,15 +280,27 @@ def _is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """Pairs of an argument's schema and the argument that a call of an operator gives."""
+    assert isinstance(node.target, OpOverload)
+    for index, schema in enumerate(node.target._schema.arguments):
+        if index < len(node.args):
+            yield schema, node.args[index]
+        elif schema.name in node.kwargs:
+            yield schema, node.kwargs[schema.name]
+
+
+def _operator(target: OpOverload) -> str:
+    """The name of an operator without overload and package."""
+    return target.name().partition("::")[2].partition(".")[0]
+
+
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """Arguments that an operator writes to, by its schema."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            if isinstance(value, fx.Node):
-                yield value
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        for schema, argument in _arguments(node):
+            if schema.alias_info is not None and schema.alias_info.is_write:
+                yield from (n for n in (argument,) if isinstance(n, fx.Node))
 
 
 def _drop_constant_copies(graph: fx.Graph) -> None:
@@ -310,21 +318,24 @@ def _drop_constant_copies(graph: fx.Graph) -> None:
             if fresh or node.args[0] in constant:
                 constant[node] = source
     for node in reversed(constant):
-        if all(user in constant or _only_reads(user) for user in node.users):
+        if all(_only_reads(user, node) for user in node.users):
             node.replace_all_uses_with(constant[node])
             graph.erase_node(node)
 
 
-def _only_reads(node: fx.Node) -> bool:
-    """Neither writes its arguments nor gives out a view of them."""
-    if not isinstance(node.target, OpOverload):
+def _only_reads(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user of a node neither writes it nor gives out a view of it."""
+    if not isinstance(user.target, OpOverload):
         return False
-    schema, tags = node.target._schema, node.target.tags
+    aliased = {
+        argument
+        for schema, argument in _arguments(user)
+        if schema.alias_info is not None and isinstance(argument, fx.Node)
+    }
     return not (
-        schema.is_mutable
-        or torch.Tag.maybe_aliasing_or_mutating in tags
-        or any(argument.alias_info for argument in schema.arguments)
-        or node.target.name().partition("::")[2].partition(".")[0] in _MAY_ALIAS
+        node in aliased
+        or torch.Tag.maybe_aliasing_or_mutating in user.target.tags
+        or _operator(user.target) in _MAY_ALIAS
     )
 
 
@@ -353,7 +364,7 @@ def _drop_dead(graph: fx.Graph) -> None:
 def _has_effect(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
-    name = node.target.name().partition("::")[2].partition(".")[0]
+    name = _operator(node.target)
     if name.startswith(("_assert", "sym_constrain")):
         return False
     return (

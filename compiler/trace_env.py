@@ -1,5 +1,6 @@
 """The surroundings in which a model is traced: what torch.export would get wrong, put right."""
 
+import importlib
 import logging
 import random
 import sys
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
+from unittest import mock
 
 import torch
 from torch import fx
@@ -26,6 +28,7 @@ def tracing(file: ModelFile) -> Iterator[None]:
         stack.enter_context(refuse_custom_functions(file.code))
         stack.enter_context(frozen_randomness(file))
         stack.enter_context(recording_lines(file.code))
+        stack.enter_context(plain_regions())
         yield
 
 
@@ -45,17 +48,31 @@ def as_in_eager(asked: set[str]) -> Iterator[None]:
         asked.add(caller)
         return False
 
-    torch.compiler.is_exporting = is_exporting
-    try:
+    with mock.patch.object(torch.compiler, "is_exporting", is_exporting):
         yield
-    finally:
-        torch.compiler.is_exporting = original
+
+
+@contextmanager
+def plain_regions() -> Iterator[None]:
+    """Keep the switches of grad mode and autocast as calls in the graph.
+
+    torch.export would move the regions between them into submodules, and on the way loses a
+    no_grad inside of an autocast: its gradients would be wrong.
+    """
+    passes = [
+        importlib.import_module(f"torch._export.passes.{name}")
+        for name in ("replace_set_grad_with_hop_pass", "replace_autocast_with_hop_pass")
+    ]
+    with ExitStack() as stack:
+        for module in passes:
+            name = module.__name__.rpartition(".")[2]
+            stack.enter_context(mock.patch.object(module, name, lambda *unchanged: unchanged))
+        yield
 
 
 @contextmanager
 def recording_lines(code: UserCode) -> Iterator[None]:
     """Record for each node the innermost line that is not torch's, be it in forward or not."""
-    original = fx.proxy.TracerBase._filter_traceback_frames
 
     def innermost(_: object, frames: traceback.StackSummary) -> traceback.StackSummary:
         for frame in reversed(frames):
@@ -63,11 +80,8 @@ def recording_lines(code: UserCode) -> Iterator[None]:
                 return traceback.StackSummary.from_list([frame])
         return traceback.StackSummary()
 
-    fx.proxy.TracerBase._filter_traceback_frames = innermost  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(fx.proxy.TracerBase, "_filter_traceback_frames", innermost):
         yield
-    finally:
-        fx.proxy.TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -94,11 +108,8 @@ def refuse_custom_functions(code: UserCode) -> Iterator[None]:
             )
         return original.__get__(None, cls)(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
-    try:
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
         yield
-    finally:
-        torch.autograd.Function.apply = original
 
 
 class _WithoutTorch:
