@@ -216,22 +216,26 @@ def data(batch_size: int, seed: int) -> Iterator[tuple[tuple[Tensor, ...], tuple
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, and leaves biases and norms alone."""
+    """AdamW that decays matrices, and leaves biases and norms alone.
+
+    A gradient that is one update late calls for a lower learning rate: three times this one
+    trains well without the delay and badly with it.
+    """
     matrices = [p for p in params if p.dim() >= 2]
     others = [p for p in params if p.dim() < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=1e-3,
+        lr=3e-4,
         betas=(0.9, 0.95),
     )
 
 
 def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """A linear warm-up over 50 updates, then a cosine down to a tenth at update 2,000."""
+    """A linear warm-up over 50 updates, then a cosine down to a tenth at update 500."""
 
     def factor(update: int) -> float:
         if update < 50:
             return (update + 1) / 50
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (update - 50) / 1950))
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (update - 50) / 450))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
