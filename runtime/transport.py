@@ -76,7 +76,8 @@ class DistributedTransport:
         self.device = device
         self.direct = dist.get_backend() == "nccl"  # moves device memory by itself
         self.tags = {channel: 2 * index for index, channel in enumerate(channels)}
-        self.orders: dict[Channel, Arrival] = {}
+        self.headers: dict[Channel, _Posted] = {}
+        self.orders: dict[Channel, list[int]] = {}
         self.sending: dict[Channel, list[tuple[dist.Work, Tensor]]] = {}
         self.groups = self._connect() if self.direct else {}
         made = [dist.new_group(list(ranks)) for ranks in replicas] if len(replicas[0]) > 1 else []
@@ -96,10 +97,16 @@ class DistributedTransport:
 
     def receive(self, channel: Channel) -> Arrival:
         spec = self.specs[channel]
-        if channel not in self.orders:
-            shape = (len(spec.shape),)
-            self.orders[channel] = self._post(channel, TensorSpec("", shape, torch.int64), header=1)
+        if channel not in self.headers:
+            header = TensorSpec("", (len(spec.shape),), torch.int64)
+            self.headers[channel] = self._post(channel, header, header=1)
         return _Reordered(self, channel, self._post(channel, spec, header=0))
+
+    def order(self, channel: Channel) -> list[int]:
+        """The order in memory of the dimensions of a channel's tensors."""
+        if channel not in self.orders:
+            self.orders[channel] = self.headers[channel].wait().tolist()
+        return self.orders[channel]
 
     def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
         return _AllReduce(tensors, self.replicas)
@@ -126,7 +133,7 @@ class DistributedTransport:
         return work
 
     def _wait_for_sends(self, channel: Channel) -> None:
-        for work, _ in self.sending.get(channel, ()):
+        for work, _ in self.sending.get(channel, ()):  # only once: the second time gloo hangs
             with _blaming(channel, channel.target, self.peers[channel.target]):
                 work.wait()
 
@@ -175,7 +182,7 @@ class _Reordered:
     posted: _Posted
 
     def wait(self) -> Tensor:
-        order = self.transport.orders[self.channel].wait().tolist()
+        order = self.transport.order(self.channel)
         shape = self.posted.spec.shape
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return self.posted.wait().view([shape[d] for d in order]).permute(inverse)

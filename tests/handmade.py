@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-MODEL = '''\
+MODEL = """\
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,8 +30,8 @@ class Block(nn.Module):
         self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        unused = self.unused.detach().sum() * 0
-        return x + F.dropout(self.down(F.gelu(self.norm(self.up(self.ln(x))))), 0.2) * self.gain + unused
+        y = F.gelu(self.norm(self.up(self.ln(x)))) + self.unused.detach().sum() * 0
+        return x + F.dropout(self.down(y), 0.2) * self.gain
 
 
 class Net(nn.Module):
@@ -85,9 +85,9 @@ def optimizer(params):
 
 def scheduler(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + 0.1 * update))
-'''
+"""
 
-_STAGE = '''\
+_STAGE = """\
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -104,8 +104,8 @@ class Block(nn.Module):
         self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        unused = self.unused.detach().sum() * 0
-        return x + F.dropout(self.down(F.gelu(self.norm(self.up(self.ln(x))))), 0.2) * self.gain + unused
+        y = F.gelu(self.norm(self.up(self.ln(x)))) + self.unused.detach().sum() * 0
+        return x + F.dropout(self.down(y), 0.2) * self.gain
 
 
 class Stage(nn.Module):
@@ -116,7 +116,7 @@ class Stage(nn.Module):
     def forward(self, {arguments}):
 {body}
         return {results}
-'''
+"""
 
 
 def stage_of_block(block: int, depth: int) -> int:
@@ -214,7 +214,9 @@ def write_artifact(
     return folder
 
 
-def _transfer(edge: tuple[str, int, int, tuple[int, ...], str, bool], peer: int) -> dict[str, object]:
+def _transfer(
+    edge: tuple[str, int, int, tuple[int, ...], str, bool], peer: int
+) -> dict[str, object]:
     tensor, _, _, shape, dtype, gradient = edge
     return {
         "tensor": tensor,

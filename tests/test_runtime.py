@@ -10,12 +10,8 @@ from handmade import stage_of_block, write_artifact
 from reference import Reference
 from torch import Tensor, nn
 
-from p2bw.runtime import weights
 from p2bw.runtime.artifact import find_model_file
-from p2bw.runtime.compute import Compute
-from p2bw.runtime.errors import ModelError, UsageError
 from p2bw.runtime.plan import read_plan
-from p2bw.runtime.schedule import Pipeline
 from p2bw.runtime.train import Job, Trained, train_in_threads
 
 STEPS = 12

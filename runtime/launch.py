@@ -1,0 +1,146 @@
+"""Start all ranks of a run on this machine, through torchrun."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2bw.runtime.errors import P2BWError
+from p2bw.runtime.train import Job, prepare
+
+FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
+
+
+def command(
+    job: Job,
+    ranks: int | str,
+    *,
+    device: str | None = None,
+    save: Path | None = None,
+    result: Path | None = None,
+    timeout_s: float | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> list[str]:
+    """The torchrun line of a run on one machine."""
+    options = {
+        "--steps": job.steps,
+        "--seed": job.seed or None,
+        "--schedule": job.schedule,
+        "--microbatches": job.microbatches,
+        "--model": job.model,
+        "--device": device,
+        "--save": save,
+        "--result": result,
+        "--timeout": timeout_s,
+        "--threads": threads,
+    }
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), "-m", "p2bw.runtime", str(job.artifact)),
+        *(str(x) for pair in options.items() if pair[1] is not None for x in pair),
+        *(["--quiet"] if quiet else []),
+    ]
+
+
+def run(
+    artifact: str | Path,
+    *,
+    steps: int,
+    seed: int = 0,
+    schedule: str | None = None,
+    microbatches: int | None = None,
+    save: str | Path | None = None,
+    device: str | None = None,
+    model: str | Path | None = None,
+    timeout_s: float | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train an artifact on this machine: {"losses", "samples_per_s", "utilisation"}.
+
+    Progress and the torchrun line go to stderr. If a rank fails, its error is raised here.
+    """
+    job = Job(
+        artifact=Path(artifact),
+        steps=steps,
+        seed=seed,
+        schedule=schedule,
+        microbatches=microbatches,
+        model=Path(model) if model else None,
+    )
+    ranks = prepare(job).plan.ranks  # what is wrong with the files is said before anything starts
+    device = device or ("cuda" if torch.cuda.device_count() >= ranks else "cpu")
+    with tempfile.TemporaryDirectory(prefix="p2bw-run-") as scratch:
+        result, failure = Path(scratch, "result.json"), Path(scratch, "failure.json")
+        line = command(
+            job,
+            ranks,
+            device=device,
+            save=Path(save) if save else None,
+            timeout_s=timeout_s,
+            threads=threads,
+            quiet=quiet,
+        )
+        if not quiet:
+            print(shlex.join(line), file=sys.stderr, flush=True)
+        status = _execute([*line, "--result", str(result)], failure)
+        if failure.exists():
+            _raise(json.loads(failure.read_text(encoding="utf-8")))
+        if status != 0 or not result.exists():
+            raise P2BWError(f"torchrun ended with status {status}; what it said is above")
+        summary: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return summary
+
+
+def _execute(line: list[str], failure: Path) -> int:
+    """Run torchrun and pass on what the ranks say, but not its own long words on a failure."""
+    environment = os.environ | {FAILURE_FILE: str(failure)}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
+    with subprocess.Popen(
+        line,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for text in process.stdout:
+                if not failure.exists():
+                    print(text, end="", file=sys.stderr, flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode
+
+
+def record_failure(error: BaseException, message: str, trace: str) -> bool:
+    """Leave an error for `run` to raise; false if it was not `run` that started this rank."""
+    name = os.environ.get(FAILURE_FILE)
+    if not name:
+        return False
+    record = {"kind": type(error).__name__, "message": message, "traceback": trace}
+    beside = Path(f"{name}.new")
+    beside.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(beside, name)
+    return True
+
+
+def _raise(record: dict[str, str]) -> None:
+    if record["traceback"]:
+        print(record["traceback"], file=sys.stderr, flush=True)
+    kinds = {kind.__name__: kind for kind in _family(P2BWError)}
+    raise kinds.get(record["kind"], P2BWError)(record["message"])
+
+
+def _family(kind: type[P2BWError]) -> list[type[P2BWError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _family(child))]
