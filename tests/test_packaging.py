@@ -14,6 +14,7 @@ from test_imports import SOURCES, imports
 
 import p2bw
 from p2bw.__main__ import app
+from p2bw.compiler.topology import make_topology
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,6 +78,13 @@ def test_the_readme_names_only_options_that_exist() -> None:
     for snippet in inside_code:
         if "pip" not in snippet and "pytest" not in snippet:
             assert set(re.findall(r"(?<!\S)--[a-z-]+", snippet)) <= {"--help", *options}, snippet
+
+
+def test_the_devices_and_clusters_that_the_documents_name_exist() -> None:
+    texts = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("examples/*.py"))]
+    for text in texts:
+        for option, value in re.findall(r"--(device|cluster) ([\w.:-]+)", text):
+            make_topology(**{option: value})
 
 
 def test_links_in_the_readme_lead_somewhere() -> None:
