@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Iterator
 from operator import getitem
 
+from torch import fx
+
 from p2bw.compiler.program import Program, TensorType, tensor_arguments
 
 Storage = tuple[str, int]  # the node that made it, and which of its tensor outputs
@@ -32,10 +34,17 @@ def storage_of(
             break
         node = program.node(name)
         source = tensor_arguments(node)[alias]
-        several = node.target is getitem and len(program.facts[source.name].out) > 1
-        output = int(node.args[1]) if several else 0  # type: ignore[call-overload]
-        name = source.name
+        name, output = source.name, picked_output(program, node, source)
     return name, output
+
+
+def picked_output(program: Program, node: fx.Node, source: fx.Node) -> int:
+    """Which tensor output of `source` a node reads: getitem nodes pick, others read the only one."""
+    if node.target is getitem and len(program.facts[source.name].out) > 1:
+        index = node.args[1]
+        assert isinstance(index, int)
+        return index
+    return 0
 
 
 def saved_bytes(program: Program, nodes: Iterable[str]) -> int:

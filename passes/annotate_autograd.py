@@ -183,11 +183,11 @@ def _observe(
     return observed[call]
 
 
-class _CountRandom(TorchDispatchMode):
+class _CountRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that draw from the random number generator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -225,12 +225,13 @@ def _run(node: fx.Node, call: Call) -> _Observation:
 @contextmanager
 def _plain_recurrence() -> Iterator[None]:
     """Without oneDNN, whose recurrent layers keep a workspace that has no size on fake tensors."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    flags: Any = torch.backends.mkldnn
+    enabled = flags.enabled
+    flags.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = enabled
+        flags.enabled = enabled
 
 
 def _meta(tensor: Tensor) -> TensorMeta:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2bw.compiler.program import Program, tensor_arguments
+from p2bw.compiler.storage import picked_output
 from p2bw.passes.execute import (
     Call,
     TensorMeta,
@@ -80,11 +81,7 @@ def _needed_outputs(program: Program) -> dict[str, tuple[bool, ...]]:
         if not any(needed[node.name]):
             continue
         for argument in tensor_arguments(node):
-            outputs = needed[argument.name]
-            if node.target is getitem and len(outputs) > 1:
-                outputs[int(node.args[1])] = True  # type: ignore[call-overload]
-            else:
-                needed[argument.name] = [True] * len(outputs)
+            needed[argument.name][picked_output(program, node, argument)] = True
     return {name: tuple(outputs) for name, outputs in needed.items()}
 
 
@@ -122,11 +119,11 @@ def _measure(node: fx.Node, call: Call, needed: tuple[bool, ...]) -> tuple[int, 
     return forward, counter.get_total_flops() - forward, traffic.bytes
 
 
-class _CountTraffic(TorchDispatchMode):
+class _CountTraffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes that operators read and write; views move none."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -104,7 +104,7 @@ def invoke(node: fx.Node, tensors: tuple[Tensor, ...], device: str) -> Any:
     def convert(value: Any) -> Any:
         return torch.device(device) if isinstance(value, torch.device) else value
 
-    args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate(
         (node.args, node.kwargs),
         lambda value: next(rest) if isinstance(value, fx.Node) else convert(value),
     )
@@ -136,7 +136,8 @@ def tensor_index(value: Any, leaf: Callable[[Any], bool]) -> Any:
 
 def storage_of(tensor: Tensor) -> int:
     """Identity of the memory behind a tensor, valid while the tensor lives."""
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def argument_positions(node: fx.Node, is_wanted: Callable[[str, Any], bool]) -> tuple[int, ...]:
