@@ -84,42 +84,37 @@ def make_shapes(
     """The shapes to consider: by default every depth, with as many replicas as find room."""
     problem = instance.problem
     gpus = problem.topology.gpus
-    most = min(gpus, instance.size, problem.constraints.max_stages or gpus)
-    if problem.schedule == "2bw" and problem.microbatches is not None:
-        _check_microbatches(depths, problem.microbatches)
-        most = min(most, problem.microbatches)
+    _check(problem, depths, widths)
     if depths and min(depths) > instance.size:
         raise InfeasibleError(
             f"{min(depths)} stages asked for, but the model has {instance.size} indivisible "
             f"blocks; ask for at most {instance.size}"
         )
-    sizes = []
-    for depth in depths or range(1, most + 1):
-        if depth > instance.size:
-            continue
-        for width in widths or (gpus // depth,):
-            if depth < 1 or width < 1 or depth * width > gpus:
-                if depths and (widths or depth > gpus or depth < 1):
-                    raise UsageError(
-                        f"{depth} stages x {max(width, 1)} replicas do not fit {gpus} devices"
-                    )
-                continue
-            sizes.append((depth, width))
-    if depths is None and widths and not sizes:
-        raise UsageError(f"{min(widths)} replicas do not fit {gpus} devices")
+    most = min(gpus, instance.size, problem.constraints.max_stages or gpus)
+    if problem.schedule == "2bw":
+        most = min(most, problem.microbatches or most)
     return [
         Shape(depth, width, layout)
-        for depth, width in sorted(set(sizes))
+        for depth in depths or range(1, most + 1)
+        for width in widths or (gpus // depth,)
+        if depth * width <= gpus and depth <= instance.size
         # Where it makes no difference, only the first.
         for layout in LAYOUTS[: 1 + (depth > 1 and width > 1 and len(problem.topology.levels) > 1)]
     ]
 
 
-def _check_microbatches(depths: Sequence[int] | None, microbatches: int) -> None:
-    if depths and max(depths) > microbatches:
+def _check(
+    problem: PlacementProblem, depths: Sequence[int] | None, widths: Sequence[int] | None
+) -> None:
+    """Refuse what no model could be given."""
+    gpus, m = problem.topology.gpus, problem.microbatches
+    least, narrow = min(depths or (1,)), min(widths or (1,))
+    if least < 1 or narrow < 1 or least * narrow > gpus:
+        raise UsageError(f"{least} stages x {narrow} replicas do not fit {gpus} devices")
+    if problem.schedule == "2bw" and m is not None and depths and max(depths) > m:
         raise UsageError(
-            f"{microbatches} microbatches per update are too few for {max(depths)} stages: "
-            f"PipeDream-2BW needs at least one per stage; ask for {max(depths)} or more"
+            f"{m} microbatches per update are too few for {max(depths)} stages: PipeDream-2BW "
+            f"needs at least one per stage; ask for {max(depths)} or more"
         )
 
 
