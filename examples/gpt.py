@@ -3,10 +3,13 @@
 Nothing here knows of p2bw: it is the kind of file that you would write anyway, with a few
 module-level functions under agreed names.
 
-    p2bw compile examples/gpt.py --gpus 8                     # 2.2B parameters into 8 stages
-    p2bw compile examples/gpt.py:small --gpus 2 --out build/small
-    p2bw run build/small --steps 300                          # trains it, on CPUs if need be
-    p2bw compile examples/gpt.py --set layers=24 --gpus 8     # any factory's argument
+    p2bw compile examples/gpt.py --gpus 8                   # 2.2B parameters into 8 stages
+    p2bw compile examples/gpt.py --set layers=24 --gpus 8   # any argument of a factory
+
+Trained on this machine, on CPUs if need be:
+
+    p2bw compile examples/gpt.py:small --gpus 2 --depth 2 --microbatch 8 --out build/small
+    p2bw run build/small --steps 300
 """
 
 import math
