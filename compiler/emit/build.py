@@ -1,0 +1,506 @@
+"""From regions to modules: the user's hierarchy, rebuilt around the nodes of one stage."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
+from p2bw.compiler.emit.hints import base_name, call_name, name_queries, unpacked_names
+from p2bw.compiler.emit.leaves import Leaf, Match, match_leaf
+from p2bw.compiler.emit.ops import Op, augmented, render
+from p2bw.compiler.emit.regions import Layout, Region
+from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Tensor, Value
+from p2bw.compiler.program import TensorType
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+LITERAL = 64  # constants of up to so many elements are written out
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A forward under construction: which value has which number."""
+
+    module: Module
+    region: Region
+    ambient: int  # how many of a node's contexts are around the whole forward
+    body: Body
+    parent: "_Frame | None" = None
+    numbers: dict[fx.Node, int] = field(default_factory=dict)
+    arguments: list[fx.Node] = field(default_factory=list)
+
+
+class Builder:
+    """Builds the module tree of one stage."""
+
+    def __init__(self, layout: Layout, names: dict[str, str]) -> None:
+        self.layout = layout
+        self.program = layout.program
+        self.names = names  # of tensors at the stage's boundary
+        self.root = Module("", Kind.CLASS, "Stage")
+        self.used: dict[str, dict[str, None]] = {}  # canonical name -> names used in this stage
+
+    def build(self) -> Module:
+        region = self.layout.root
+        body = Body()
+        frame = _Frame(self.root, region, 0, body)
+        for node in self.layout.arguments:
+            self._argument(frame, node, self.names[node.name])
+        self._fill(frame)
+        name_queries(body)
+        body.results = tuple(self._number(frame, value) for value in self.layout.results)
+        if len(body.results) > 1:
+            for number, value in zip(body.results, self.layout.results, strict=True):
+                if number >= body.arguments:
+                    old = body.values[number]
+                    name = "loss" if value is self.program.loss else self.names[value.name]
+                    body.values[number] = Value(old.type, name)
+        self._place(frame)
+        self.root.bodies.append(body)
+        return self.root
+
+    def ties(self) -> list[tuple[str, str]]:
+        """Names of one parameter that the stage uses under several: (name, the first of them)."""
+        found = []
+        for canonical, used in self.used.items():
+            first, *others = sorted(used, key=lambda name: name != canonical)
+            found += [(name, first) for name in others]
+        return found
+
+    # Values.
+
+    def _argument(self, frame: _Frame, node: fx.Node, name: str) -> int:
+        number = len(frame.arguments)
+        assert number not in frame.numbers.values()
+        frame.arguments.append(node)
+        frame.numbers[node] = number
+        frame.body.values.append(Value(self._type(node), name))
+        frame.body.arguments += 1
+        return number
+
+    def _type(self, node: fx.Node) -> TensorType | None:
+        out = self.program.facts[node.name].out
+        return out[0] if len(out) == 1 else None
+
+    def _number(self, frame: _Frame, value: fx.Node) -> int:
+        """The number of a value; one from outside becomes an argument of the forward."""
+        if value in frame.numbers:
+            return frame.numbers[value]
+        number = -1 - len(frame.arguments)  # arguments are renumbered once all are known
+        frame.arguments.append(value)
+        frame.numbers[value] = number
+        return number
+
+    def _target(self, frame: _Frame, value: fx.Node, name: str) -> int:
+        number = len(frame.body.values)
+        frame.numbers[value] = number
+        frame.body.values.append(Value(self._type(value), name))
+        return number
+
+    def _ref(self, frame: _Frame, region: Region) -> "_Reference":
+        return _Reference(self, frame, region)
+
+    def reference(self, frame: _Frame, path: str, node: fx.Node) -> Node:
+        value = self.layout.resolve(node)
+        if value.op == "get_attr":
+            name = self._attribute_name(value, path)
+            below = self._below(frame.module.path, name)
+            if below is not None:
+                frame.module.hold(below, self._tensor(value))
+                self.used.setdefault(str(value.target), {})[name] = None
+                return Own(below)
+        return Ref(self._number(frame, value))
+
+    def _below(self, path: str, name: str) -> str | None:
+        """A qualified name relative to a module, None if it is not below it."""
+        if not path:
+            return name
+        return name.removeprefix(f"{path}.") if name.startswith(f"{path}.") else None
+
+    def _attribute_name(self, node: fx.Node, path: str) -> str:
+        """The name of a parameter that is nearest to the module that uses it."""
+        target = str(node.target)
+        if target in self.program.constants:
+            return target
+        here = path.split(".") if path else []
+
+        def shared(name: str) -> int:
+            owner = name.split(".")[:-1]
+            depth = 0
+            while depth < min(len(owner), len(here)) and owner[depth] == here[depth]:
+                depth += 1
+            return depth
+
+        return max(self.program.attribute(node).names, key=shared)
+
+    def _tensor(self, node: fx.Node) -> Tensor:
+        target = str(node.target)
+        if target in self.program.constants:
+            constant = self.program.constants[target]
+            kind = TensorType(tuple(constant.shape), constant.dtype)
+            values = literal(constant) if constant.numel() <= LITERAL else ""
+            return Tensor(kind, parameter=False, persistent=False, literal=values)
+        attribute = self.program.attribute(node)
+        return Tensor(
+            attribute.type,
+            parameter=target in self.program.parameters,
+            trainable=attribute.trainable,
+            persistent=attribute.persistent,
+        )
+
+    # Statements.
+
+    def _fill(self, frame: _Frame) -> None:
+        for item in frame.region.items:
+            if isinstance(item, Region):
+                self._region(frame, item)
+            else:
+                self._operation(frame, frame.region, item)
+
+    def _context(self, frame: _Frame, node: fx.Node) -> tuple[Node, ...]:
+        return tuple(map(_with, self.program.facts[node.name].context[frame.ambient :]))
+
+    def _op(self, frame: _Frame, region: Region, node: fx.Node) -> Op:
+        return Op(node, self._ref(frame, region), self.layout.type)
+
+    def _operation(self, frame: _Frame, region: Region, node: fx.Node) -> None:
+        op = self._op(frame, region, node)
+        if (
+            op.name == "lift_fresh_copy.default"
+            and str(op["self"].target) in self.program.constants
+        ):
+            constant = self.program.constants[str(op["self"].target)]
+            expr: Node = call(
+                "torch.tensor", Raw(literal(constant)), dtype=Raw(repr(constant.dtype))
+            )
+            expr = Call(expr.func, expr.args, (*expr.kwargs, ("device", Device())))
+        else:
+            expr = render(op)
+        statement = Statement(
+            (),
+            expr,
+            self._context(frame, node),
+            source=self.program.facts[node.name].source,
+            augmented=augmented(op),
+            inplace=op.name.partition(".")[0].endswith("_") and not op.name.startswith("__"),
+        )
+        if node in self.layout.survey.parts:
+            self._unpack(frame, statement, node, unpacked_names(op, expr, frame.body))
+        elif self.layout.last_use.get(node, -1) >= 0:
+            statement.targets = (self._target(frame, node, base_name(op, expr, frame.body)),)
+        elif not isinstance(expr, Call):
+            return  # nothing uses it and it does nothing
+        frame.body.statements.append(statement)
+
+    def _unpack(self, frame: _Frame, statement: Statement, node: fx.Node, names: list[str]) -> None:
+        parts = self.layout.survey.parts[node]
+        count = len(self.program.facts[node.name].out)
+        targets: list[int | None] = []
+        for index in range(count):
+            part = parts.get(index)
+            used = part is not None and self.layout.last_use.get(part, -1) >= 0
+            name = names[index] if index < len(names) else f"{names[0]}_{index}"
+            targets.append(self._target(frame, part, name) if part is not None and used else None)
+        statement.targets = tuple(targets)
+        statement.forced = True
+
+    # Module calls.
+
+    def _region(self, frame: _Frame, region: Region) -> None:
+        leaf = self._match(frame, region)
+        below = self._below(frame.module.path, region.path)
+        assert below is not None
+        known = frame.module.find(below)
+        if leaf is not None and self._fits(known, leaf):
+            self._leaf(frame, region, below, leaf)
+        elif self._is_chain(region) and not (known and (known.bodies or known.children)):
+            self._sequential(frame, region, below)
+        elif self._is_dissolved(frame, region, known):
+            for item in region.items:
+                if isinstance(item, Region):
+                    self._region(frame, item)
+                else:
+                    self._operation(frame, region, item)
+        else:
+            self._class(frame, region, below)
+
+    def _match(self, frame: _Frame, region: Region) -> Leaf | None:
+        """The torch.nn module that a region is, if it is one."""
+        nodes = [item for item in region.items if isinstance(item, fx.Node)]
+        if not region.whole or len(nodes) != len(region.items):
+            return None
+        contexts = {self.program.facts[node.name].context for node in nodes}
+        outputs = self.layout.outputs(region)
+        last = self.layout.values(nodes[-1])
+        if len(contexts) != 1 or any(value not in last for value in outputs):
+            return None
+        ops = [Op(node, lambda _: Raw(""), self.layout.type) for node in nodes]
+        leaf = match_leaf(region.type_name, Match(ops, self._owner(region), self._is_trainable))
+        if leaf is None or (len(outputs) > 1 and region.class_name not in RECURRENT):
+            return None
+        return leaf
+
+    def _owner(self, region: Region) -> "_Owner":
+        return _Owner(self, region)
+
+    def owned(self, region: Region, node: fx.Node) -> str | None:
+        """The name that a parameter has in the module of a region, None for all other values."""
+        if node.op != "get_attr" or str(node.target) in self.program.constants:
+            return None
+        name = self._attribute_name(node, region.path)
+        owner, _, last = name.rpartition(".")
+        return last if owner == region.path else None
+
+    def _is_trainable(self, node: fx.Node) -> bool:
+        return self.program.attribute(node).trainable
+
+    def _fits(self, known: Module | None, leaf: Leaf) -> bool:
+        if known is None or known.kind is Kind.HOLDER:
+            return not (known and known.children)
+        return known.kind is Kind.LEAF and known.constructor == leaf.constructor
+
+    def _leaf(self, frame: _Frame, region: Region, below: str, leaf: Leaf) -> None:
+        module = frame.module.child(below)
+        module.kind, module.type_name = Kind.LEAF, region.type_name
+        module.constructor, module.provides = leaf.constructor, leaf.provides
+        module.tensors = {n: t for n, t in module.tensors.items() if n not in leaf.provides}
+        nodes = list(region.nodes())
+        for node in nodes:
+            for argument in self.layout.reads(node):
+                if self.owned(region, argument) is not None:
+                    name = self._attribute_name(argument, region.path)
+                    self.used.setdefault(str(argument.target), {})[name] = None
+        ref = self._ref(frame, region)
+        args = tuple(
+            Seq("()", tuple(map(ref, value))) if isinstance(value, tuple) else ref(value)
+            for value in leaf.inputs
+        )
+        last = nodes[-1]
+        statement = Statement(
+            (),
+            Call(Own(below), args),
+            self._context(frame, last),
+            source=self.program.facts[last.name].source,
+        )
+        name = call_name(below, module, args, self._type_of(last), frame.body)
+        if region.class_name in RECURRENT:
+            self._unpack(frame, statement, last, [name, "hidden", "cell"])
+            statement.nested = region.class_name == "LSTM"
+        else:
+            used = [v for v in self.layout.values(last) if self.layout.last_use.get(v, -1) >= 0]
+            if used:
+                statement.targets = (self._target(frame, used[0], name),)
+        frame.body.statements.append(statement)
+
+    def _type_of(self, node: fx.Node) -> TensorType | None:
+        out = self.program.facts[node.name].out
+        return out[0] if out else None
+
+    def _is_chain(self, region: Region) -> bool:
+        """Whether a region is a Sequential's: each child called once, on what the last gave."""
+        before: fx.Node | None = None
+        seen = set()
+        for item in region.items:
+            if not isinstance(item, Region) or item.path in seen:
+                return False
+            seen.add(item.path)
+            below = self._below(region.path, item.path)
+            inputs, outputs = self._inputs(item), self.layout.outputs(item)
+            if below is None or not below.isdigit() or len(inputs) != 1 or len(outputs) != 1:
+                return False
+            if before is not None and inputs != [before]:
+                return False
+            before = outputs[0]
+        if self.layout.outputs(region) != [before]:
+            return False
+        contexts = {self.program.facts[node.name].context for node in region.nodes()}
+        return len(contexts) == 1
+
+    def _inputs(self, region: Region) -> list[fx.Node]:
+        """What a region reads and neither makes nor owns, in the order of first use."""
+        found: dict[fx.Node, None] = {}
+        for node in region.nodes():
+            for value in self.layout.reads(node):
+                if value.op == "get_attr":
+                    name = self._attribute_name(value, region.path)
+                    if self._below(region.path, name) is None:
+                        found[value] = None
+                elif not region.begin <= self.layout.made.get(value, -1) < region.end:
+                    found[value] = None
+        return list(found)
+
+    def _sequential(self, frame: _Frame, region: Region, below: str) -> None:
+        module = frame.module.child(below)
+        module.kind, module.type_name = Kind.SEQUENTIAL, region.type_name
+        (source,) = self._inputs(region.items[0])  # type: ignore[arg-type]
+        argument = self._ref(frame, region)(source)
+        inner = _Frame(module, region, self._ambient(region), Body(), frame)
+        self._fill(inner)
+        (output,) = self.layout.outputs(region)
+        args = (argument,)
+        name = call_name(below, module, args, self._type_of(output), frame.body)
+        statement = Statement(
+            (self._target(frame, output, name),),
+            Call(Own(below), args),
+            self._context(frame, output),
+        )
+        frame.body.statements.append(statement)
+
+    def _ambient(self, region: Region) -> int:
+        """How many contexts all nodes of a region have in common."""
+        contexts = [self.program.facts[node.name].context for node in region.nodes()]
+        depth = 0
+        while all(len(c) > depth and c[depth] == contexts[0][depth] for c in contexts):
+            depth += 1
+        return depth
+
+    def _is_dissolved(self, frame: _Frame, region: Region, known: Module | None) -> bool:
+        """Whether a module call is better written out where it happens."""
+        if known is not None and known.kind in (Kind.LEAF, Kind.SEQUENTIAL):
+            return True
+        nodes = list(region.nodes())
+        reads = [value for node in nodes for value in self.layout.reads(node)]
+        if not self._inputs(region) and all(value.op != "get_attr" for value in reads):
+            return True  # no tensor to tell the device by
+        if any(
+            self._below(region.path, i.path) is None for i in region.items if isinstance(i, Region)
+        ):
+            return True
+        # A function in the shape of a module, like an activation.
+        bare = len(region.items) == 1 and isinstance(region.items[0], fx.Node) and region.whole
+        bare = bare and all(self.owned(region, value) is None for value in reads)
+        return bare and frame.module.kind is not Kind.SEQUENTIAL
+
+    def _class(self, frame: _Frame, region: Region, below: str) -> None:
+        module = frame.module.child(below)
+        ambient = self._ambient(region)
+        inner = _Frame(module, region, ambient, Body(path=region.path), frame)
+        if module.kind is Kind.HOLDER:
+            module.kind, module.type_name = Kind.CLASS, region.type_name
+            module.whole, module.opens, module.closes = region.whole, region.opens, region.closes
+            module.source = next((self.program.facts[n.name].source for n in region.nodes()), "")
+        inputs, outputs = self._inputs(region), self.layout.outputs(region)
+        for value in inputs:
+            self._argument(inner, value, self._argument_name(frame, value, inputs, outputs))
+        self._fill(inner)
+        name_queries(inner.body)
+        inner.body.results = tuple(self._number(inner, value) for value in outputs)
+        assert len(inner.arguments) == inner.body.arguments
+        self._place(inner)
+        number = self._method(module, inner.body)
+        args = tuple(self.reference(frame, frame.region.path, v) for v in inner.arguments)
+        function: Node = Own(below) if number == 0 else Attr(Own(below), f"forward_{number + 1}")
+        names = [inner.body.values[r].name for r in inner.body.results]
+        if len(outputs) == 1:
+            names = [call_name(below, module, args, self._type_of(outputs[0]), frame.body)]
+        context = tuple(
+            map(
+                _with,
+                self.program.facts[next(region.nodes()).name].context[frame.ambient : ambient],
+            )
+        )
+        targets = tuple(self._target(frame, v, n) for v, n in zip(outputs, names, strict=True))
+        frame.body.statements.append(
+            Statement(targets, Call(function, args), context, forced=len(targets) > 1)
+        )
+
+    def _argument_name(
+        self, frame: _Frame, value: fx.Node, inputs: list[fx.Node], outputs: list[fx.Node]
+    ) -> str:
+        """What a forward calls its argument: x for what it gives back changed."""
+        if value.op == "get_attr":
+            return str(value.target).rpartition(".")[2]
+        kind = self._type(value)
+        floats = [v for v in inputs if _is_float(self._type(v)) and v.op != "get_attr"]
+        if floats == [value]:
+            return "x"
+        if _is_float(kind) and any(self._type(output) == kind for output in outputs):
+            return "x"
+        return self._name_in(frame, value)
+
+    def _name_in(self, frame: _Frame, value: fx.Node) -> str:
+        number = frame.numbers.get(value)
+        if number is not None and 0 <= number < len(frame.body.values):
+            return frame.body.values[number].name
+        return self._name_in(frame.parent, value) if frame.parent else "x"
+
+    def _method(self, module: Module, body: Body) -> int:
+        for number, known in enumerate(module.bodies):
+            if known.same_as(body):
+                return number
+        module.bodies.append(body)
+        return len(module.bodies) - 1
+
+    def _place(self, frame: _Frame) -> None:
+        """Read the device off an argument, or else off a tensor of the module itself."""
+        device: Node = Raw("None")
+        if frame.body.arguments:
+            device = Attr(Ref(0), "device")
+        else:
+            owned = (
+                node
+                for node in frame.region.nodes()
+                for node in self.layout.reads(node)
+                if node.op == "get_attr"
+            )
+            for node in owned:
+                expr = self.reference(frame, frame.region.path, node)
+                if isinstance(expr, Own):
+                    device = Attr(expr, "device")
+                    break
+
+        def placed(part: Node) -> Node:
+            return device if isinstance(part, Device) else part
+
+        for statement in frame.body.statements:
+            statement.expr = rebuild(statement.expr, placed)
+            statement.context = tuple(rebuild(c, placed) for c in statement.context)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """A node of the graph -> the expression that stands for it in a forward."""
+
+    builder: Builder
+    frame: _Frame
+    region: Region
+
+    def __call__(self, node: fx.Node) -> Node:
+        return self.builder.reference(self.frame, self.region.path, node)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    builder: Builder
+    region: Region
+
+    def __call__(self, node: fx.Node) -> str | None:
+        return self.builder.owned(self.region, node)
+
+
+def _is_float(kind: TensorType | None) -> bool:
+    return kind is not None and kind.dtype.is_floating_point
+
+
+def _with(context: str) -> Node:
+    """The `with` item of a region that the user's code put around a node."""
+    if context == "no_grad":
+        return call("torch.no_grad")
+    if context == "enable_grad":
+        return call("torch.enable_grad")
+    dtype = context.removeprefix("autocast(").removesuffix(")")
+    assert isinstance(getattr(torch, dtype), torch.dtype)
+    return call("torch.autocast", Attr(Device(), "type"), dtype=Raw(f"torch.{dtype}"))
+
+
+def literal(constant: torch.Tensor) -> str:
+    """A tensor's values as nested lists."""
+    return _listed(constant.detach().cpu().tolist())
+
+
+def _listed(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_listed, value))}]"
+    if isinstance(value, float) and not -1e308 <= value <= 1e308:
+        return "torch.nan" if value != value else "torch.inf" if value > 0 else "-torch.inf"
+    return repr(value)

@@ -1,0 +1,299 @@
+"""Expressions of emitted code: small immutable trees, printed as a careful person would.
+
+Long calls and collections are exploded to one item per line with a trailing comma, which makes
+the text a fixed point of `ruff format`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Base of all expressions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raw(Node):
+    """Text that stands as it is: a dotted name, True, a quoted string, a slice."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Num(Node):
+    """An int or float; where isomorphic modules differ in it, a parameter of their class."""
+
+    value: int | float
+    name: str = "value"
+
+
+@dataclass(frozen=True, slots=True)
+class Ref(Node):
+    """A local value of the function, by its number."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Own(Node):
+    """An attribute of self, by its path below the module: "attn.qkv.weight"."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device(Node):
+    """The device that the stage runs on, read off any tensor at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attr(Node):
+    base: Node
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Node):
+    func: Node
+    args: tuple[Node, ...] = ()
+    kwargs: tuple[tuple[str, Node], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Binary(Node):
+    op: str
+    left: Node
+    right: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Unary(Node):
+    op: str
+    operand: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Index(Node):
+    base: Node
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seq(Node):
+    """A tuple "()" or a list "[]"."""
+
+    brackets: str
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dict(Node):
+    """A dict display with string keys, already quoted."""
+
+    items: tuple[tuple[str, Node], ...]
+
+
+def method(receiver: Node, name: str, *args: Node, **kwargs: Node) -> Call:
+    return Call(Attr(receiver, name), args, tuple(kwargs.items()))
+
+
+def call(function: str, *args: Node, **kwargs: Node) -> Call:
+    return Call(Raw(function), args, tuple(kwargs.items()))
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    """The operands of an expression, in the order in which Python evaluates them."""
+    match node:
+        case Attr(base, _):
+            return (base,)
+        case Call(func, args, kwargs):
+            return (func, *args, *(value for _, value in kwargs))
+        case Binary(_, left, right):
+            return (left, right)
+        case Unary(_, operand):
+            return (operand,)
+        case Index(base, items):
+            return (base, *items)
+        case Seq(_, items):
+            return items
+    return ()
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """All parts of an expression, operands in the order of evaluation."""
+    yield node
+    for child in children(node):
+        yield from walk(child)
+
+
+def refs(node: Node) -> tuple[int, ...]:
+    """The local values that an expression reads, in the order of evaluation."""
+    return tuple(part.index for part in walk(node) if isinstance(part, Ref))
+
+
+def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
+    """The expression with `change` applied to every part, operands first and in order."""
+    match node:
+        case Attr(base, name):
+            node = Attr(rebuild(base, change), name)
+        case Call(func, args, kwargs):
+            func = rebuild(func, change)
+            args = tuple(rebuild(arg, change) for arg in args)
+            node = Call(func, args, tuple((k, rebuild(v, change)) for k, v in kwargs))
+        case Binary(op, left, right):
+            left = rebuild(left, change)
+            node = Binary(op, left, rebuild(right, change))
+        case Unary(op, operand):
+            node = Unary(op, rebuild(operand, change))
+        case Index(base, items):
+            base = rebuild(base, change)
+            node = Index(base, tuple(rebuild(item, change) for item in items))
+        case Seq(brackets, items):
+            node = Seq(brackets, tuple(rebuild(item, change) for item in items))
+    return change(node)
+
+
+def number(value: int | float) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
+    return repr(value)
+
+
+def quoted(text: str) -> str:
+    """A string literal with the quotes that `ruff format` prefers."""
+    literal = repr(text)
+    if literal.startswith("'") and '"' not in text:
+        return '"' + literal[1:-1].replace("\\'", "'") + '"'
+    return literal
+
+
+# Binding strength, as in Python's grammar.
+_COMPARE, _OR, _XOR, _AND, _SUM, _PRODUCT, _UNARY, _POWER, _ATOM = range(9)
+_BINARY = {
+    **dict.fromkeys(("==", "!=", "<", "<=", ">", ">="), _COMPARE),
+    **{"|": _OR, "^": _XOR, "&": _AND, "+": _SUM, "-": _SUM},
+    **dict.fromkeys(("*", "/", "//", "%", "@"), _PRODUCT),
+    "**": _POWER,
+}
+
+
+def _strength(node: Node) -> int:
+    match node:
+        case Binary(op, _, _):
+            return _BINARY[op]
+        case Unary(_, _):
+            return _UNARY
+        case Num(value, _) if value < 0 or value != value:
+            return _UNARY if math.isfinite(value) or value < 0 else _ATOM
+        case Raw(text) if text.startswith("-"):
+            return _UNARY
+    return _ATOM
+
+
+def flat(node: Node) -> str:
+    """The expression on one line."""
+    match node:
+        case Raw(text):
+            return text
+        case Num(value, _):
+            return number(value)
+        case Attr(base, name):
+            return f"{_operand(base, _ATOM)}.{name}"
+        case Call(func, _, _):
+            return f"{_operand(func, _ATOM)}({', '.join(_arguments(node))})"
+        case Binary():
+            return _binary(node)
+        case Unary(op, operand):
+            return op + _operand(operand, _UNARY)
+        case Index(base, items):
+            return f"{_operand(base, _ATOM)}[{', '.join(map(flat, items))}]"
+        case Dict(pairs):
+            return f"{{{', '.join(f'{key}: {flat(value)}' for key, value in pairs)}}}"
+        case Seq("[]", items):
+            return f"[{', '.join(map(flat, items))}]"
+        case Seq(_, items):
+            return f"({', '.join(map(flat, items))}{',' if len(items) == 1 else ''})"
+    raise AssertionError(f"{node} has no name yet")
+
+
+def _operand(node: Node, strength: int) -> str:
+    text = flat(node)
+    return f"({text})" if _strength(node) < strength else text
+
+
+def _binary(node: Binary) -> str:
+    strength = _BINARY[node.op]
+    if node.op == "**":  # binds to the right, and hugs simple operands
+        left, right = _operand(node.left, _ATOM), _operand(node.right, _UNARY)
+        return (
+            f"{left}**{right}"
+            if _simple(node.left) and _simple(node.right)
+            else f"{left} ** {right}"
+        )
+    # Comparisons do not associate: a == b == c is a chain.
+    left = _operand(node.left, strength + (strength == _COMPARE))
+    return f"{left} {node.op} {_operand(node.right, strength + 1)}"
+
+
+def _simple(node: Node) -> bool:
+    """Whether `ruff format` hugs ** around this operand: names, dotted names, numbers."""
+    match node:
+        case Raw(text):
+            return all(part.isidentifier() for part in text.removeprefix("-").split("."))
+        case Num():
+            return True
+        case Attr(base, _):
+            return not isinstance(base, Num) and _simple(base)
+        case Unary("-", operand):
+            return _simple(operand)
+    return False
+
+
+def _arguments(node: Call) -> list[str]:
+    return [*map(flat, node.args), *(f"{name}={flat(value)}" for name, value in node.kwargs)]
+
+
+def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
+    """Lines of `prefix` followed by the expression, none wider than WIDTH where that can be."""
+    line = " " * indent + prefix + flat(node)
+    if len(line) <= WIDTH:
+        return [line]
+    match node:
+        case Call(func, args, kwargs) if args or kwargs:
+            opening, closing = f"{_operand(func, _ATOM)}(", ")"
+            items = [("", arg) for arg in args] + [(f"{name}=", v) for name, v in kwargs]
+        case Dict(pairs) if pairs:
+            opening, closing = "{", "}"
+            items = [(f"{key}: ", value) for key, value in pairs]
+        case Seq(brackets, seq) if seq:
+            opening, closing = brackets
+            items = [("", item) for item in seq]
+        case _:
+            return [line]
+    inner = [lay_out(name, item, indent + 4) for name, item in items]
+    sole = len(items) == 1 and isinstance(items[0][1], (Seq, Dict)) and len(inner[0]) > 1
+    comma = "" if sole and isinstance(node, Call) else ","
+    body = [text for lines in inner for text in (*lines[:-1], lines[-1] + comma)]
+    return [" " * indent + prefix + opening, *body, " " * indent + closing]
+
+
+def skeleton(node: object, numbers: list[Num]) -> object:
+    """A hashable form in which all numbers are alike; `numbers` receives them in order."""
+    if isinstance(node, Num):
+        numbers.append(node)
+        return (Num, type(node.value))
+    if isinstance(node, Node):
+        values = (getattr(node, f.name) for f in fields(node))
+        return (type(node), *(skeleton(value, numbers) for value in values))
+    if isinstance(node, tuple):
+        return tuple(skeleton(item, numbers) for item in node)
+    return node
+
+
+def with_refs(node: Node, names: Callable[[int], Node]) -> Node:
+    """The expression with local values replaced by what `names` says."""
+    return rebuild(node, lambda part: names(part.index) if isinstance(part, Ref) else part)

@@ -1,0 +1,419 @@
+"""From the body of a forward to lines of Python.
+
+The lines run the operators in exactly the traced order: a value is written into the expression
+that uses it only where Python evaluates it at the same point.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from p2bw.compiler.emit.expr import (
+    WIDTH,
+    Attr,
+    Call,
+    Node,
+    Own,
+    Raw,
+    Ref,
+    Seq,
+    flat,
+    lay_out,
+    rebuild,
+    refs,
+    walk,
+    with_refs,
+)
+from p2bw.compiler.emit.names import identifier
+from p2bw.compiler.emit.tree import Body, Module, Statement
+from p2bw.compiler.program import TensorType
+
+_LENGTH = 72  # of an expression with others written into it
+_CALLS = 6
+
+
+@dataclass(slots=True)
+class _Line:
+    """A statement with others written into it, or a loop over the modules of a container."""
+
+    statement: Statement
+    loop: str = ""  # what is looped over
+    variable: str = ""
+    start: int = -1  # the value that the loop starts with
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        contexts = (index for context in self.statement.context for index in refs(context))
+        start = (self.start,) if self.loop else ()
+        return (*refs(self.statement.expr), *contexts, *start)
+
+
+@dataclass(slots=True)
+class Function:
+    """Writes one forward."""
+
+    body: Body
+    module: Module
+    types: Sequence[TensorType | None]  # None where instances of the class differ
+    resolve: Callable[[Node], Node]  # attributes of self -> text
+    names: dict[int, str] = field(default_factory=dict)
+    owner: dict[str, int] = field(default_factory=dict)
+
+    def lines(self, name: str) -> list[str]:
+        """The method's lines, indented for a class."""
+        lines, results = self._inlined(self._loops())
+        last = self._last_uses(lines, results)
+        for number in range(self.body.arguments):
+            wish = self.body.values[number].name
+            self._name(number, identifier(wish, self.owner))
+        signature = self._signature(name)
+        body: list[str] = []
+        shown: list[TensorType | None] = [None]
+        context: tuple[Node, ...] = ()
+        for position, line in enumerate(lines):
+            if line.statement.context != context:
+                context = line.statement.context
+                if context:
+                    items = ", ".join(flat(self._named(item)) for item in context)
+                    body.append(f"        with {items}:")
+            indent = 12 if context else 8
+            body += self._written(line, position, last, indent, shown)
+        body += self._return(results, shown)
+        return [*signature, *(body or ["        pass"])]
+
+    # Loops.
+
+    def _loops(self) -> list[_Line]:
+        """Runs of calls of all modules of a container, each on what the last gave, as loops."""
+        statements = self.body.statements
+        uses = Counter(r for s in statements for r in refs(s.expr)) + Counter(self.body.results)
+        found: list[_Line] = []
+        position = 0
+        while position < len(statements):
+            run = self._run(statements, position, uses)
+            if run is None:
+                found.append(_Line(statements[position]))
+                position += 1
+            else:
+                found.append(run[0])
+                position += run[1]
+        return found
+
+    def _run(
+        self, statements: Sequence[Statement], begin: int, uses: Counter[int]
+    ) -> tuple[_Line, int] | None:
+        first = statements[begin]
+        container = _container(self.module, first)
+        if container is None:
+            return None
+        path, children = container
+        run = statements[begin : begin + len(children)]
+        called = [_callee(statement) for statement in run]
+        if len(run) < 2 or called != [f"{path}.{name}" for name in children]:
+            return None
+        carried = None
+        for before, after in pairwise(run):
+            target = before.targets[0]
+            assert target is not None
+            spot = _replaced(before, after, target, carried)
+            if spot is None or uses[target] != 1 or after.context != first.context:
+                return None
+            carried = spot
+        assert carried is not None
+        return self._loop(path, run, carried), len(run)
+
+    def _loop(self, path: str, run: Sequence[Statement], carried: int) -> _Line:
+        first, last = run[0], run[-1]
+        assert isinstance(first.expr, Call)
+        start = first.expr.args[carried]
+        assert isinstance(start, Ref)
+        assert last.targets[0] is not None
+        args = list(first.expr.args)
+        args[carried] = Ref(last.targets[0])
+        container = self.module.find(path)
+        assert container is not None
+        variable = _loop_variable(path, container)
+        text = flat(self.resolve(Own(path)))
+        statement = replace(last, expr=Call(Raw(variable), tuple(args)), forced=True)
+        return _Line(
+            statement, text if container.is_list else f"{text}.values()", variable, start.index
+        )
+
+    # Inlining.
+
+    def _inlined(self, lines: Sequence[_Line]) -> tuple[list[_Line], list[Node]]:
+        """Write values used once into the expressions that use them, order of evaluation kept."""
+        uses = Counter(self.body.results)
+        for line in lines:
+            for index in line.reads:
+                uses[index] += 2 if line.loop else 1  # a loop evaluates its arguments again
+        done: list[_Line] = []
+        pending: list[_Line] = []
+        for line in lines:
+            if pending and (line.loop or line.statement.context != pending[-1].statement.context):
+                done += pending
+                pending = []
+            if not line.loop:
+                line, flushed, pending = self._absorb(line, pending)
+                done += flushed
+            if self._may_wait(line, uses):
+                pending.append(line)
+            else:
+                done += [*pending, line]
+                pending = []
+        results: list[Node] = [Ref(index) for index in self.body.results]
+        single = len(results) == 1 and len(pending) == 1 and not pending[0].statement.context
+        if single and pending[0].statement.targets == self.body.results:
+            results = [pending.pop().statement.expr]
+        return [*done, *pending], results
+
+    def _absorb(self, line: _Line, pending: list[_Line]) -> tuple[_Line, list[_Line], list[_Line]]:
+        """The line with the last pending values written into it; what it forces out; the rest."""
+        waiting = {p.statement.targets[0]: p for p in pending}
+        reads = [index for index in refs(line.statement.expr) if index in waiting]
+        if line.statement.augmented:
+            reads = reads[1:] if reads and _receiver(line.statement) == reads[0] else reads
+        count = 0
+        while count < min(len(reads), len(pending)):
+            if pending[-1 - count].statement.targets[0] != reads[-1 - count]:
+                break
+            count += 1
+        needed = {index for index in refs(line.statement.expr) if index in waiting}
+        while True:
+            taken = pending[len(pending) - count :]
+            inside = {p.statement.targets[0]: p.statement.expr for p in taken}
+
+            def fill(index: int, inside: dict[int | None, Node] = inside) -> Node:
+                return inside.get(index, Ref(index))
+
+            expr = with_refs(line.statement.expr, fill)
+            if count == 0 or _is_readable(expr):
+                break
+            count -= 1
+        rest = pending[: len(pending) - count]
+        left = {p.statement.targets[0] for p in taken}
+        forced = [i for i, p in enumerate(rest) if p.statement.targets[0] in needed - left]
+        cut = forced[-1] + 1 if forced else 0
+        if cut < len(rest) and forced:
+            cut = len(rest)
+        new = _Line(replace(line.statement, expr=expr))
+        return new, rest[:cut], rest[cut:]
+
+    def _may_wait(self, line: _Line, uses: Counter[int]) -> bool:
+        statement = line.statement
+        if line.loop or statement.forced or statement.augmented or len(statement.targets) != 1:
+            return False
+        target = statement.targets[0]
+        if target is None or uses[target] != 1:
+            return False
+        return len(self.body.results) == 1 or target not in self.body.results
+
+    # Names.
+
+    def _last_uses(self, lines: Sequence[_Line], results: Sequence[Node]) -> dict[int, int]:
+        last = {index: position for position, line in enumerate(lines) for index in line.reads}
+        last.update({index: len(lines) for result in results for index in refs(result)})
+        return last
+
+    def _name(self, number: int, name: str) -> None:
+        self.names[number] = name
+        self.owner[name] = number
+
+    def _choose(self, number: int, position: int, last: dict[int, int], fresh: set[str]) -> str:
+        """A name that no value still needed has."""
+        wish = self.body.values[number].name or "x"
+        alive = {
+            name
+            for name, index in self.owner.items()
+            if last.get(index, -1) > position or name in fresh
+        }
+        for candidate in (wish, *("yzw" if wish == "x" else "")):
+            if identifier(candidate, ()) not in alive:
+                return identifier(candidate, alive)
+        return identifier(wish, alive)
+
+    def _named(self, node: Node) -> Node:
+        return self.resolve(with_refs(node, lambda index: Raw(self.names[index])))
+
+    # Text.
+
+    def _signature(self, name: str) -> list[str]:
+        arguments = [f"{self.names[i]}: Tensor" for i in range(self.body.arguments)]
+        count = len(self.body.results)
+        returned = "None" if count == 0 else "Tensor"
+        if count > 1:
+            returned = (
+                f"tuple[{', '.join(['Tensor'] * count)}]" if count < 5 else "tuple[Tensor, ...]"
+            )
+        line = f"    def {name}({', '.join(['self', *arguments])}) -> {returned}:"
+        if len(line) <= WIDTH:
+            return [line]
+        inner = [f"        {argument}," for argument in ["self", *arguments]]
+        return [f"    def {name}(", *inner, f"    ) -> {returned}:"]
+
+    def _written(
+        self,
+        line: _Line,
+        position: int,
+        last: dict[int, int],
+        indent: int,
+        shown: list[TensorType | None],
+    ) -> list[str]:
+        statement = line.statement
+        if line.loop:
+            return self._written_loop(line, position, last, indent, shown)
+        expr = self._named(statement.expr)
+        if statement.augmented or statement.inplace:
+            receiver = _receiver(statement)
+            if receiver is not None and len(statement.targets) == 1:
+                assert statement.targets[0] is not None
+                self.names[statement.targets[0]] = self.names[receiver]
+                self.owner[self.names[receiver]] = max(
+                    (receiver, statement.targets[0]), key=lambda index: last.get(index, -1)
+                )
+        match expr:
+            case Call(Attr(Raw(place), _), (operand, *_), _) if statement.augmented:
+                return lay_out(f"{place} {statement.augmented} ", operand, indent)
+        if not statement.targets or (statement.inplace and _receiver(statement) is not None):
+            return lay_out("", expr, indent)
+        targets = self._targets(statement, position, last)
+        text = lay_out(f"{targets} = ", expr, indent)
+        return self._commented(text, statement.targets, shown)
+
+    def _written_loop(
+        self,
+        line: _Line,
+        position: int,
+        last: dict[int, int],
+        indent: int,
+        shown: list[TensorType | None],
+    ) -> list[str]:
+        statement, space = line.statement, " " * indent
+        (target,) = statement.targets
+        assert target is not None
+        text = []
+        start = self.names[line.start]
+        free = line.start >= self.body.arguments or self.body.values[line.start].name == "x"
+        if free and last.get(line.start, -1) <= position:
+            self._name(target, start)
+        else:
+            self._name(target, self._choose(target, position, last, {start}))
+            text.append(f"{space}{self.names[target]} = {start}")
+        text.append(f"{space}for {line.variable} in {line.loop}:")
+        inner = lay_out(f"{self.names[target]} = ", self._named(statement.expr), indent + 4)
+        return text + self._commented(inner, statement.targets, shown)
+
+    def _targets(self, statement: Statement, position: int, last: dict[int, int]) -> str:
+        fresh: set[str] = set()
+        texts = []
+        for target in statement.targets:
+            if target is None:
+                texts.append("_")
+                continue
+            name = self._choose(target, position, last, fresh)
+            fresh.add(name)
+            self._name(target, name)
+            texts.append(name)
+        if statement.nested:
+            state = "_" if texts[1:] == ["_", "_"] else f"({', '.join(texts[1:])})"
+            return f"{texts[0]}, {state}"
+        return ", ".join(texts)
+
+    def _commented(
+        self,
+        text: list[str],
+        targets: Sequence[int | None],
+        shown: list[TensorType | None],
+    ) -> list[str]:
+        """The type of the result at the end of the line, where it changes and fits."""
+        types = {self.types[target] for target in targets if target is not None}
+        if len(types) != 1:
+            return text
+        (kind,) = types
+        if kind is None or kind == shown[0]:
+            return text
+        shown[0] = kind
+        many = " each" if len(targets) > 1 else ""
+        comment = f"  # {kind}{many}"
+        if len(text[-1]) + len(comment) <= WIDTH:
+            text[-1] += comment
+        return text
+
+    def _return(self, results: Sequence[Node], shown: list[TensorType | None]) -> list[str]:
+        if not results:
+            return []
+        if len(results) == 1:
+            text = lay_out("return ", self._named(results[0]), 8)
+            return self._commented(text, self.body.results, shown)
+        flat_text = f"        return {', '.join(flat(self._named(result)) for result in results)}"
+        if len(flat_text) <= WIDTH:
+            return [flat_text]
+        return lay_out("return ", Seq("()", tuple(map(self._named, results))), 8)
+
+
+def _receiver(statement: Statement) -> int | None:
+    """The local value that an in-place call updates."""
+    match statement.expr:
+        case Call(Attr(Ref(index), _), _, _):
+            return index
+        case Call(Raw(), (Ref(index), *_), _):
+            return index
+    return None
+
+
+def _is_readable(expr: Node) -> bool:
+    calls = sum(isinstance(part, Call) for part in walk(expr))
+    text = with_refs(expr, lambda index: Raw("value"))
+    return calls <= _CALLS and _length(text) <= _LENGTH
+
+
+def _length(node: Node) -> int:
+    return len(flat(_plain(node)))
+
+
+def _plain(node: Node) -> Node:
+    return rebuild(node, lambda part: Raw(f"self.{part.path}") if isinstance(part, Own) else part)
+
+
+def _callee(statement: Statement) -> str:
+    """The path of the module that a statement calls, "" if it calls none."""
+    match statement.expr:
+        case Call(Own(path), _, ()):
+            return path
+    return ""
+
+
+def _container(module: Module, statement: Statement) -> tuple[str, list[str]] | None:
+    """The container whose first module a statement calls, and the names of all its modules."""
+    path, _, name = _callee(statement).rpartition(".")
+    if not path or len(statement.targets) != 1 or statement.targets[0] is None:
+        return None
+    owner = module.find(path)
+    if owner is None or not owner.is_container or next(iter(owner.children)) != name:
+        return None
+    return path, list(owner.children)
+
+
+def _replaced(before: Statement, after: Statement, target: int, carried: int | None) -> int | None:
+    """Where `after` takes what `before` gave, if that is all in which their arguments differ."""
+    match before.expr, after.expr:
+        case Call(_, old, ()), Call(_, new, ()) if len(old) == len(new) and len(after.targets) == 1:
+            spots = [i for i, arg in enumerate(new) if arg == Ref(target)]
+            if len(spots) != 1 or carried not in (None, spots[0]):
+                return None
+            spot = spots[0]
+            same = all(old[i] == new[i] for i in range(len(new)) if i != spot)
+            return spot if same and isinstance(old[spot], Ref) else None
+    return None
+
+
+def _loop_variable(path: str, container: Module) -> str:
+    """`block` for modules whose class is a Block."""
+    name = path.rpartition(".")[2]
+    classes = {child.class_name for child in container.children.values()}
+    for word in ("block", "layer", "stage", "cell"):
+        if all(word in cls.lower() for cls in classes):
+            return word
+    singular = name[:-1] if name.endswith("s") and len(name) > 2 else "module"
+    return identifier(singular, ("self",))

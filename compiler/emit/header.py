@@ -1,0 +1,145 @@
+"""The docstring at the top of a stage file: the stage's numbers, for whoever reads the code."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from p2bw.compiler.emit.comments import plain, spans
+from p2bw.compiler.plan import Plan, TransferSpec
+from p2bw.compiler.program import TensorType
+from p2bw.compiler.units import count, data, parameters, percent, seconds
+
+_WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """A tensor that the stage receives or sends each microbatch."""
+
+    name: str
+    type: TensorType
+    bytes: int
+    peer: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageHeader:
+    """What the docstring of a stage file says."""
+
+    index: int
+    depth: int
+    model: str
+    modules: tuple[str, ...]
+    devices: tuple[int, ...]  # rank of each replica
+    parameters: int
+    flops_forward: int
+    flops_backward: int
+    forward_s: float
+    backward_s: float
+    recompute_s: float  # 0: nothing is computed twice
+    period_s: float
+    memory: tuple[tuple[str, int], ...]  # kind -> bytes, largest first in the text
+    memory_limit: int
+    receives: tuple[Wire, ...]
+    sends: tuple[Wire, ...]
+    origin: str  # what it was compiled from: "examples/gpt.py:model"
+    version: str
+
+
+def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeader:
+    """The header of one stage of a plan; `names` are those of the tensors in the stage's code."""
+    stage = plan.stages[index]
+    memory = stage.memory
+    kinds = ("weights", "gradients", "optimizer", "stash", "buffers", "transient", "reserve")
+
+    def wires(transfers: Iterable[TransferSpec]) -> tuple[Wire, ...]:
+        return tuple(
+            Wire(
+                name=names.get(t.tensor, t.tensor),
+                type=TensorType(t.shape, getattr(torch, t.dtype)),
+                bytes=t.bytes,
+                peer=t.peer,
+            )
+            for t in transfers
+        )
+
+    return StageHeader(
+        index=index,
+        depth=plan.depth,
+        model=plan.model.name,
+        modules=stage.modules,
+        devices=stage.devices,
+        parameters=stage.parameters,
+        flops_forward=stage.flops_forward,
+        flops_backward=stage.flops_backward,
+        forward_s=stage.compute_s.forward,
+        backward_s=stage.compute_s.backward,
+        recompute_s=stage.compute_s.recompute,
+        period_s=plan.period_s,
+        memory=tuple((kind, getattr(memory, kind)) for kind in kinds),
+        memory_limit=memory.limit,
+        receives=wires(stage.receives),
+        sends=wires(stage.sends),
+        origin=f"{plan.model.file}:{plan.model.factory}",
+        version=plan.p2bw_version,
+    )
+
+
+def format_header(header: StageHeader) -> str:
+    """The docstring's text, without its quotes."""
+    total = sum(amount for _, amount in header.memory)
+    busy = header.forward_s + header.backward_s + header.recompute_s
+    share = f", busy {percent(busy / header.period_s)} of the period" if header.period_s else ""
+    rows = [
+        ("parameters", parameters(header.parameters)),
+        ("forward", f"{seconds(header.forward_s)}, {count(header.flops_forward)}FLOP"),
+        ("backward", f"{seconds(header.backward_s)}, {count(header.flops_backward)}FLOP"),
+    ]
+    if header.recompute_s:
+        rows.append(("recompute", f"{seconds(header.recompute_s)}: the forward once more"))
+    rows[-1] = (rows[-1][0], rows[-1][1] + share)
+    parts = " + ".join(f"{kind} {data(amount)}" for kind, amount in header.memory if amount)
+    rows += [
+        ("memory", f"{data(total)} of {data(header.memory_limit)}"),
+        *(("", line) for line in _wrapped(f"= {parts}", 12)),
+    ]
+    table = [f"{name:<10}  {text}".rstrip() for name, text in rows]
+    wires = [_wire("receives", wire, "from") for wire in header.receives]
+    wires += [_wire("sends", wire, "to") for wire in header.sends]
+    lines = [*_title(header), "", *table, "", *wires]
+    lines += [
+        *([""] if wires else []),
+        f"Written by p2bw {plain(header.version)} from {plain(header.origin)}. "
+        "Imports only torch; yours to read, change and run.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _title(header: StageHeader) -> list[str]:
+    place = f"Stage {header.index} of {header.depth}"
+    ranks = ", ".join(map(str, header.devices[:8])) + (", ..." if len(header.devices) > 8 else "")
+    where = f"on rank{'s' if len(header.devices) > 1 else ''} {ranks}" if header.devices else ""
+    first = f"{place}: {plain(header.model)} {where}".rstrip() + "."
+    held = spans(_outermost(header.modules), limit=6)
+    return [first, *(["", *_wrapped(held, 0)] if held else [])]
+
+
+def _outermost(modules: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(path for path in modules if path))
+
+
+def _wire(verb: str, wire: Wire, direction: str) -> str:
+    text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {direction} stage {wire.peer}"
+    return f"{verb:<10}  {text}"
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    """Words over as many lines as it takes."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > _WIDTH - indent:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines

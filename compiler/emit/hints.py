@@ -1,0 +1,150 @@
+"""What a person would call a value: read off the operator, the module, and where it goes."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from p2bw.compiler.emit.expr import Attr, Call, Index, Node, Own, Ref, refs
+from p2bw.compiler.emit.ops import Op
+from p2bw.compiler.emit.tree import Body, Module, Statement, Value
+from p2bw.compiler.program import TensorType
+
+# Modules whose result is still what went in, a little changed.
+_TRANSPARENT = re.compile(
+    r"norm|drop|ln|bn|relu|gelu|silu|act|pool|flatten|sigmoid|tanh|softmax", re.I
+)
+
+_NAMED = {
+    "scaled_dot_product_attention": "y",
+    "arange": "positions",
+    "softmax": "weights",
+    "log_softmax": "log_probs",
+    "matmul": "scores",
+    "bmm": "scores",
+    "addmm": "y",
+    "mean": "mean",
+    "var": "var",
+    "rsqrt": "scale",
+    "cos": "cos",
+    "sin": "sin",
+    "exp": "exp",
+    "log": "log",
+    "sum": "total",
+    "argmax": "index",
+    "cat": "x",
+    "stack": "x",
+    "zeros": "zeros",
+    "ones": "ones",
+    "new_zeros": "zeros",
+    "new_ones": "ones",
+    "embedding": "emb",
+    "cumsum": "sums",
+    "linear": "y",
+    "pow": "power",
+}
+
+
+_ARITHMETIC = {"add", "sub", "mul", "div", "where"}
+
+
+def base_name(op: Op, expr: Node, body: Body) -> str:
+    """A name for the result of one operator."""
+    base = op.name.partition(".")[0]
+    out = op.types(op.node)
+    if "loss" in base or base.startswith("binary_cross_entropy"):
+        return "loss"
+    if out.dtype == torch.bool:
+        return "mask"
+    if base in _NAMED:
+        return _NAMED[base]
+    if base in _ARITHMETIC and out.dtype.is_floating_point:
+        operands = [body.values[i] for i in refs(expr) if 0 <= i < body.arguments]
+        same = [value.name for value in operands if value.type == out]
+        return same[0] if same else "x"
+    return inherited(expr, body, out)
+
+
+def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
+    """The name of the operand that the result is most like."""
+    known = [body.values[index] for index in refs(expr) if 0 <= index < len(body.values)]
+    floating = out is None or out.dtype.is_floating_point
+    alike = [v for v in known if v.type is None or v.type.dtype.is_floating_point == floating]
+    same = [v for v in alike if v.type == out]
+    for choice in (same, alike):
+        if any(value.name == "x" for value in choice):
+            return "x"
+        if choice:
+            return choice[0].name
+    return "x" if floating else "index"
+
+
+def call_name(
+    path: str, module: Module, args: Sequence[Node], out: TensorType | None, body: Body
+) -> str:
+    """A name for the result of a module call."""
+    parts = [part for part in path.split(".") if part.isidentifier()]
+    last = parts[-1] if parts else ""
+    first = args[0] if args else None
+    value = body.values[first.index] if isinstance(first, Ref) and first.index >= 0 else None
+    numbered = not path.rpartition(".")[2].isidentifier()
+    alike = value is not None and value.type is not None and out is not None
+    transparent = numbered or _TRANSPARENT.search(last) or _TRANSPARENT.search(module.class_name)
+    if alike and transparent and value.type.dtype == out.dtype:
+        return value.name
+    if numbered:
+        return "x"
+    return last.lower()
+
+
+def unpacked_names(op: Op, expr: Node, body: Body) -> list[str]:
+    """Names for the results of an operator that has several."""
+    base = op.name.partition(".")[0]
+    fixed = {
+        "max": ["values", "indices"],
+        "min": ["values", "indices"],
+        "topk": ["values", "indices"],
+        "sort": ["values", "indices"],
+        "lstm": ["output", "hidden", "cell"],
+        "gru": ["output", "hidden"],
+        "rnn_tanh": ["output", "hidden"],
+        "rnn_relu": ["output", "hidden"],
+        "embedding_bag": ["emb", "offsets", "sizes", "indices"],
+    }
+    return fixed.get(base) or [inherited(expr, body, None)]
+
+
+def name_queries(body: Body) -> None:
+    """Call the operands of attention q, k and v, back to where they come from."""
+    made: dict[int, Statement] = {}
+    for statement in body.statements:
+        for target in statement.targets:
+            if target is not None:
+                made[target] = statement
+    named: dict[int, str] = {}
+    for statement in body.statements:
+        match statement.expr:
+            case Call(func, args, _) if len(args) >= 3 and "scaled_dot_product" in str(func):
+                for name, operand in zip("qkv", args[:3], strict=False):
+                    if isinstance(operand, Ref):
+                        _name_back(body, made, named, operand.index, name)
+    for index, name in named.items():
+        body.values[index] = Value(body.values[index].type, name)
+
+
+def _name_back(
+    body: Body, made: dict[int, Statement], named: dict[int, str], index: int, name: str
+) -> None:
+    """Name a value, and those that it is another view of."""
+    while index >= body.arguments and index not in named:
+        named[index] = name
+        statement = made[index]
+        if len(statement.targets) != 1:
+            return
+        match statement.expr:
+            case Call(Attr(Ref(before), _), _, _) | Index(Ref(before), _):
+                index = before
+            case Call(Own(), (Ref(before), *_), _) if _TRANSPARENT.search(str(statement.expr.func)):
+                index = before
+            case _:
+                return

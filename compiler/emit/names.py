@@ -1,0 +1,84 @@
+"""Names for emitted code: foreign ones made safe, and readable ones for tensors at boundaries."""
+
+import builtins
+import keyword
+import re
+from collections.abc import Collection, Mapping
+from weakref import WeakKeyDictionary
+
+from torch import fx
+
+from p2bw.compiler.emit.regions import survey
+from p2bw.compiler.program import Program
+
+# What the emitted file itself means by these names.
+_RESERVED = {
+    *dir(builtins),
+    *keyword.kwlist,
+    *keyword.softkwlist,
+    *("self", "torch", "F", "nn", "Tensor", "Stage", "OrderedDict", "l", "I", "O"),
+}
+
+
+def identifier(text: str, taken: Collection[str], default: str = "x") -> str:
+    """A valid, unreserved and untaken identifier that reads like `text`."""
+    name = re.sub(r"[^0-9a-zA-Z_]+", "_", text).strip("_") or default
+    if name[0].isdigit():
+        name = f"{default}_{name}"
+    if name in _RESERVED:
+        name += "_"
+    if name not in taken:
+        return name
+    number = 2
+    joint = "_" if name[-1].isdigit() else ""
+    while f"{name}{joint}{number}" in taken:
+        number += 1
+    return f"{name}{joint}{number}"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can be an attribute after a dot."""
+    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+
+
+def tensor_names(program: Program) -> Mapping[str, str]:
+    """A readable name for every node, unique in the program: h_5 for what module h.5 returns."""
+    names = _NAMES.get(program.graph)
+    if names is None:
+        names = _NAMES[program.graph] = _tensor_names(program)
+    return names
+
+
+_NAMES: "WeakKeyDictionary[fx.Graph, dict[str, str]]" = WeakKeyDictionary()
+
+
+def _tensor_names(program: Program) -> dict[str, str]:
+    module_of: dict[str, str] = {}  # node -> outermost module call that ends with it
+    for (path, call), extent in survey(program).extents.items():
+        if path and len(path) < len(module_of.get(extent.last, path + " ")):
+            module_of[extent.last] = path if call == 0 else f"{path}_{call + 1}"
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    counts: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            wish = node.name
+        elif node.op == "call_function":
+            wish = module_of.get(node.name) or _place(program, node)
+        else:
+            continue
+        name = identifier(wish, ())
+        while name in taken:
+            counts[wish] = counts.get(wish, 1) + 1
+            name = identifier(f"{wish}_{counts[wish]}", ())
+        names[node.name] = name
+        taken.add(name)
+    return names
+
+
+def _place(program: Program, node: fx.Node) -> str:
+    """The module that a node is in, and what it does there."""
+    scopes = program.facts[node.name].scopes
+    path = max((scope.path for scope in scopes), key=len, default="")
+    name = re.sub(r"_\d+$", "", node.name).strip("_")
+    return f"{path}_{name}" if path else name

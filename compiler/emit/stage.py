@@ -1,0 +1,47 @@
+"""The text of stages/stage_K.py."""
+
+import ast
+
+from p2bw.compiler.emit.build import Builder
+from p2bw.compiler.emit.check import check
+from p2bw.compiler.emit.classes import classify
+from p2bw.compiler.emit.header import StageHeader, format_header
+from p2bw.compiler.emit.names import tensor_names
+from p2bw.compiler.emit.regions import lay_out_regions
+from p2bw.compiler.emit.render import Writer
+from p2bw.compiler.program import Program
+from p2bw.compiler.split import StageGraph
+
+
+def emit_stage(
+    program: Program, stage: StageGraph, depth: int, header: str | StageHeader = ""
+) -> str:
+    """Python source of one stage: imports torch alone and ends with `class Stage(nn.Module)`."""
+    layout = lay_out_regions(program, stage)
+    builder = Builder(layout, dict(tensor_names(program)))
+    root = builder.build()
+    classes = classify(root)
+    blocks = []
+    for cls in classes.order:
+        ties = builder.ties() if cls.sample is root else ()
+        blocks.append("\n".join(Writer(classes, cls).text(ties)))
+    code = "\n\n\n".join(blocks) + "\n"
+    words = format_header(header) if isinstance(header, StageHeader) else header
+    title = words or f"Stage {stage.index} of {depth}."
+    text = f'"""{title}"""\n\n{_imports(code)}\n\n\n{code}'
+    check(text)
+    return text
+
+
+def _imports(code: str) -> str:
+    """The imports that the code needs, as ruff sorts them."""
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    lines = []
+    if "OrderedDict" in used:
+        lines += ["from collections import OrderedDict", ""]
+    if "torch" in used:
+        lines.append("import torch")
+    if "F" in used:
+        lines.append("import torch.nn.functional as F")
+    lines.append(f"from torch import {', '.join(n for n in ('Tensor', 'nn') if n in used)}")
+    return "\n".join(lines)
