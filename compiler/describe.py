@@ -1,44 +1,22 @@
 """A placed and cut Program in numbers and names: the stages of the plan."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-from p2bw.compiler.lower import transient_bytes
+from p2bw.compiler.placement.evaluate import StageNumbers
+from p2bw.compiler.placement.result import Placement
 from p2bw.compiler.plan import Memory, Schedule, Seconds, Stage, TensorSpec, TiedSpec, TransferSpec
-from p2bw.compiler.problem import ParameterCost, PlacementProblem
 from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.split import StageGraph, Transfer
 from p2bw.compiler.storage import kept_storages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
-    """The decisions of a placement that the description of its stages depends on."""
-
-    schedule: Schedule
-    depth: int
-    microbatches: int  # per update
-    recompute: tuple[bool, ...]
-    devices: tuple[tuple[int, ...], ...]  # rank of each replica of each stage
-
-    def in_flight(self, stage: int) -> int:
-        """Microbatches between their forward and their backward at a stage, at most."""
-        if self.schedule == "gpipe":
-            return self.microbatches
-        return min(self.depth - stage, self.microbatches)
-
-    def versions(self, stage: int) -> int:
-        """Weight versions that a stage holds."""
-        return {"2bw": 2, "stash": self.in_flight(stage)}.get(self.schedule, 1)
-
-
 def describe_stages(
     program: Program,
     cut: Sequence[StageGraph],
-    problem: PlacementProblem,
-    pipeline: Pipeline,
+    placement: Placement,
+    schedule: Schedule,
 ) -> tuple[Stage, ...]:
-    """The stages of the plan: exact bytes from the graph, seconds from the annotated nodes."""
+    """The stages of the plan: the placement's numbers, and from the graph what it bounds only."""
     random = _random_calls(program)
     tied = {t.names[0]: t for t in tied_parameters(program, cut)}
     return tuple(
@@ -50,18 +28,18 @@ def describe_stages(
             modules=tuple(modules_of(program, graph.nodes)),
             parameters=sum(program.parameters[n].type.elements for n in _held(program, graph)),
             tied=tuple(n for n in _held(program, graph) if n in tied and len(tied[n].stages) > 1),
-            recompute=pipeline.recompute[graph.index],
+            recompute=placement.recompute[graph.index],
             random=tuple(i for node in graph.nodes for i in random[node]),
             flops_forward=sum(program.fact(n, "flops_forward") for n in graph.nodes),
             flops_backward=sum(program.fact(n, "flops_backward") for n in graph.nodes),
-            compute_s=_seconds(program, graph, problem, pipeline),
-            memory=_memory(program, graph, problem, pipeline),
+            compute_s=_seconds(placement.stages[graph.index]),
+            memory=_memory(program, graph, placement, schedule),
             inputs=graph.inputs,
             arguments=graph.arguments,
             results=graph.results,
             receives=tuple(_transfer(t, t.producer) for t in graph.receives),
             sends=tuple(_transfer(t, t.consumer) for t in graph.sends),
-            devices=pipeline.devices[graph.index],
+            devices=placement.devices[graph.index],
         )
         for graph in cut
     )
@@ -116,50 +94,36 @@ def _random_calls(program: Program) -> Mapping[str, range]:
     return calls
 
 
-def _costs(program: Program, graph: StageGraph, problem: PlacementProblem) -> list[ParameterCost]:
-    held = set(_held(program, graph))
-    return [cost for cost in problem.parameters if cost.name in held]
-
-
-def _seconds(
-    program: Program, graph: StageGraph, problem: PlacementProblem, pipeline: Pipeline
-) -> Seconds:
-    forward = sum(program.fact(n, "forward_s") for n in graph.nodes)
-    update = sum(cost.update_s for cost in _costs(program, graph, problem))
+def _seconds(numbers: StageNumbers) -> Seconds:
     return Seconds(
-        forward=forward,
-        backward=sum(program.fact(n, "backward_s") for n in graph.nodes),
-        recompute=forward if pipeline.recompute[graph.index] else 0.0,
-        update=update / pipeline.microbatches,
+        forward=numbers.forward_s,
+        backward=numbers.backward_s,
+        recompute=numbers.recompute_s,
+        update=numbers.update_s,
     )
 
 
 def _memory(
-    program: Program, graph: StageGraph, problem: PlacementProblem, pipeline: Pipeline
+    program: Program, graph: StageGraph, placement: Placement, schedule: Schedule
 ) -> Memory:
-    costs = _costs(program, graph, problem)
-    in_flight = pipeline.in_flight(graph.index)
-    kept, given = _kept_bytes(program, graph)
-    if pipeline.recompute[graph.index]:
-        stash = in_flight * given + kept
-    else:
-        stash = in_flight * (kept + given)
-    buffers = _transfer_buffers(graph) + sum(
-        program.facts[name].out[0].bytes
-        for name in graph.attributes
-        if str(program.node(name).target) not in program.parameters
-    )
-    device = problem.topology.device
+    """The placement's bytes, but for the stash: it adds blocks up, here shared storages are one."""
+    numbers = placement.stages[graph.index]
+    in_flight = placement.depth - graph.index
+    if schedule == "flush":
+        in_flight = min(in_flight, placement.microbatches_per_update)
+    made, given = _kept_bytes(program, graph)
+    again = placement.recompute[graph.index]
+    stash = in_flight * given + made if again else in_flight * (made + given)
     parts = {
-        "weights": sum(c.bytes for c in costs) * pipeline.versions(graph.index),
-        "gradients": sum(c.gradient_bytes for c in costs),
-        "optimizer": sum(c.optimizer_bytes for c in costs),
-        "stash": stash,
-        "buffers": buffers,
-        "transient": max(transient_bytes(program, program.node(name)) for name in graph.nodes),
-        "reserve": device.reserve_bytes,
+        "weights": numbers.weights,
+        "gradients": numbers.gradients,
+        "optimizer": numbers.optimizer,
+        "stash": min(stash, numbers.stash),
+        "buffers": numbers.buffers,
+        "transient": numbers.transient,
+        "reserve": numbers.reserve,
     }
-    return Memory(**parts, total=sum(parts.values()), limit=device.memory_bytes)
+    return Memory(**parts, total=sum(parts.values()), limit=numbers.limit)
 
 
 def _kept_bytes(program: Program, graph: StageGraph) -> tuple[int, int]:
@@ -173,11 +137,6 @@ def _kept_bytes(program: Program, graph: StageGraph) -> tuple[int, int]:
         else:
             made += size
     return made, sum(given.values())
-
-
-def _transfer_buffers(graph: StageGraph) -> int:
-    """A receive buffer posted ahead and a send under way, for every edge and each direction."""
-    return sum(t.type.bytes * (2 if t.gradient else 1) for t in (*graph.receives, *graph.sends))
 
 
 def modules_of(program: Program, nodes: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ placement has put it. The oracle is the model as the user wrote it, run by eager
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.plan import Plan, read_plan
-from p2bw.runtime.errors import MismatchError
+from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
 from p2bw.runtime.modelfile import ModelFile
 
 TOLERANCE = 1e-6
@@ -82,8 +83,6 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
     Raises MismatchError if the model file is not the one that was compiled, or if the stages do
     not hold the model's parameters.
     """
-    from p2bw.runtime.artifact import find_model_file, load_stage
-
     artifact = Path(artifact)
     plan = read_plan(artifact)
     file = find_model_file(artifact, model=Path(model) if model else None)
@@ -111,37 +110,15 @@ def _fp32_cpu() -> Iterator[None]:
         yield
 
 
-def copy_state(source: nn.Module, stage: nn.Module) -> None:
-    """Fill a stage's parameters and buffers from the whole model's, by qualified name."""
-    with torch.no_grad():
-        for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
-            try:
-                value = lookup(source, name)
-            except AttributeError:
-                raise MismatchError(
-                    f"the stage has {name!r}, which the model has not: were the stages edited?"
-                ) from None
-            if value.shape != tensor.shape:
-                raise MismatchError(
-                    f"{name!r} is {tuple(value.shape)} in the model "
-                    f"and {tuple(tensor.shape)} in the stage"
-                )
-            tensor.copy_(value)
-
-
-def lookup(module: nn.Module, name: str) -> Tensor:
+def _lookup(module: nn.Module, name: str) -> Tensor | None:
     """The tensor of a model at a qualified name, registered or a plain attribute."""
     owner: Any = module
     for part in name.split("."):
-        owner = owner[part] if isinstance(owner, (nn.ModuleDict,)) else getattr(owner, part)
-    if not isinstance(owner, Tensor):
-        raise AttributeError(name)
-    return owner
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, Tensor) else None
 
 
 def _eager(file: ModelFile, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    from itertools import count
-
     with _SeededRandom(count()):
         loss = file.call(model, inputs, targets)
     loss.backward()
@@ -208,7 +185,7 @@ def _compare(
     first_stage: dict[str, int] = {}
     for k, stage in enumerate(stages):
         for name, parameter in stage.named_parameters():
-            canonical = names[id(lookup(original, name))]
+            canonical = names[id(_lookup(original, name))]
             first_stage.setdefault(canonical, k)
             if parameter.grad is not None:
                 known = gradients.get(canonical)
@@ -282,5 +259,6 @@ def _reasons(plan: Plan) -> Callable[[str, int], str]:
 def _buffer_problems(original: nn.Module, stages: Sequence[nn.Module]) -> Iterator[str]:
     for k, stage in enumerate(stages):
         for name, buffer in stage.named_buffers():
-            if not torch.equal(lookup(original, name), buffer):
+            value = _lookup(original, name)  # None: a constant that only the stage's code knows
+            if value is not None and not torch.equal(value, buffer):
                 yield f"buffer {name} of stage {k} differs after the forward pass"

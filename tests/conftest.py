@@ -1,12 +1,20 @@
 """Goldens: files under tests/goldens that `pytest --update-goldens` rewrites."""
 
+from __future__ import annotations
+
 import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from corpus import CORPUS
 
+if TYPE_CHECKING:
+    from p2bw.compiler.driver import Compiled
+
+ARCHITECTURES = {architecture.name: architecture for architecture in CORPUS}
 GOLDENS = Path(__file__).parent / "goldens"
 
 # Child processes of the tests (torchrun's ranks) share two cores with everything else.
@@ -39,3 +47,27 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             pytest.fail(f"{name} changed (`pytest --update-goldens` accepts):\n{diff}", False)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Compiled]:
+    """compiled("resnet", 2): an example's tiny size in so many stages, compiled once a session."""
+    made: dict[tuple[str, int], Compiled] = {}
+
+    def get(name: str, depth: int) -> Compiled:
+        if (name, depth) not in made:
+            from p2bw.compiler.driver import compile_model
+
+            architecture = ARCHITECTURES[name]
+            made[name, depth] = compile_model(
+                architecture.path,
+                factory=architecture.factory,
+                cluster="p3.16xlarge",
+                gpus=depth,
+                depth=depth,
+                microbatch=architecture.batch,
+                out=tmp_path_factory.mktemp(name) / f"{name}_{depth}",
+            )
+        return made[name, depth]
+
+    return get

@@ -1,0 +1,309 @@
+"""compile_model: from a model file to an artifact, phase by phase."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from p2bw import __version__
+from p2bw.compiler.artifact import check_destination, write_artifact
+from p2bw.compiler.describe import describe_stages, tensor_spec, tied_parameters
+from p2bw.compiler.dump import dump
+from p2bw.compiler.emit import emit_stages
+from p2bw.compiler.lower import placement_problem
+from p2bw.compiler.optimizer_state import optimizer_bytes
+from p2bw.compiler.placement.result import Placement, Progress
+from p2bw.compiler.placement.search import solve
+from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
+from p2bw.compiler.problem import PlacementProblem, interpolate
+from p2bw.compiler.program import Program
+from p2bw.compiler.split import split
+from p2bw.compiler.topology import Topology, make_topology
+from p2bw.compiler.trace import trace
+from p2bw.passes import pipeline, run_passes
+from p2bw.runtime.errors import ModelError, UsageError
+from p2bw.runtime.modelfile import ModelFile, Setting, load_model_file
+
+Recompute = Literal["auto", "always", "never"]
+
+# Without --microbatch these sizes are searched, up to what fits. Two are traced, the others lie on
+# the line through them; the plan is then made from a trace at the size that was chosen.
+MICROBATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What compile_model has made: the plan, where the artifact lies, seconds by phase."""
+
+    plan: Plan
+    artifact: Path
+    seconds: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class _Compiler:
+    """The state of one compilation: the programs traced so far, and the time spent."""
+
+    file: ModelFile
+    topology: Topology
+    schedule: Schedule
+    microbatches: int | None
+    say: Callable[[str], None]
+    dump_folder: Path | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    programs: dict[int, Program] = field(default_factory=dict)
+    problems: dict[int, PlacementProblem] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+
+    def program(self, batch_size: int) -> Program:
+        """The annotated program at one microbatch size, with the same blocks at every size."""
+        if batch_size not in self.programs:
+            with self.phase("trace"):
+                self.say(f"tracing {self.file.path.name} at microbatch {batch_size}")
+                program = trace(self.file, batch_size)
+            with self.phase("passes"):
+                self.say("annotating costs and memory")
+                program = run_passes(
+                    program, pipeline(self.topology.device), after=self._dumped(batch_size)
+                )
+                for other in self.programs.values():
+                    if other.facts.keys() == program.facts.keys():
+                        program = replace(program, blocks=other.blocks)
+                        break
+            self.programs[batch_size] = program
+        return self.programs[batch_size]
+
+    def _dumped(self, batch_size: int) -> Callable[[Program], None]:
+        def after(program: Program) -> None:
+            if self.dump_folder is not None and not self.programs:
+                self.dump_folder.mkdir(parents=True, exist_ok=True)
+                number = len(program.history) - 1
+                name = f"{number:02}_{program.history[-1]}.txt"
+                (self.dump_folder / name).write_text(dump(program), encoding="utf-8")
+
+        return after
+
+    def problem(self, batch_size: int) -> PlacementProblem:
+        if batch_size not in self.problems:
+            program = self.program(batch_size)
+            with self.phase("passes"):
+                self.problems[batch_size] = placement_problem(
+                    program,
+                    topology=self.topology,
+                    schedule=self.schedule,
+                    microbatches=self.microbatches,
+                    optimizer=optimizer_bytes(self.file, program.parameters.values()),
+                )
+        return self.problems[batch_size]
+
+    def candidates(self, microbatch: int | None) -> Mapping[int, PlacementProblem]:
+        """The problem at every microbatch size to search."""
+        if microbatch is not None:
+            return {microbatch: self.problem(microbatch)}
+        low, high = self._two_traceable()
+        first, second = self.problem(low), self.problem(high)
+        if self.programs[low].blocks != self.programs[high].blocks:
+            # The graph itself depends on the batch size: there is no line through two problems.
+            return {low: first, high: second}
+        return {
+            b: self.problems.get(b) or interpolate(first, second, b)
+            for b in MICROBATCHES
+            if b >= low
+        }
+
+    def _two_traceable(self) -> tuple[int, int]:
+        """The two smallest sizes that the model takes (BatchNorm may refuse a single sample)."""
+        try:
+            self.program(1)
+        except ModelError:
+            self.program(2)
+            return 2, 4
+        self.program(2)
+        return 1, 2
+
+
+def compile_model(
+    model: str | Path,
+    *,
+    factory: str = "model",
+    settings: Mapping[str, Setting] | None = None,
+    gpus: int | None = None,
+    device: str | None = None,
+    memory: str | None = None,
+    cluster: str | None = None,
+    out: str | Path | None = None,
+    schedule: str = "2bw",
+    depth: int | None = None,
+    width: int | None = None,
+    microbatch: int | None = None,
+    microbatches: int | None = None,
+    recompute: str = "auto",
+    dump_passes: str | Path | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Compiled:
+    """Trace a model file, place it on a topology and write its stages as Python files.
+
+    What is None is searched (depth, width, microbatch), or has the command line's default. Raises
+    the errors of runtime/errors.py; nothing is written unless all has gone well.
+    """
+    checked = _checked_schedule(schedule)
+    policy = _checked_recompute(recompute)
+    for name, value in (("depth", depth), ("width", width), ("microbatch", microbatch),
+                        ("microbatches", microbatches)):  # fmt: skip
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: give a number from 1 on")
+    topology = make_topology(gpus=gpus, device=device, memory=memory, cluster=cluster)
+    path = Path(model)
+    out = Path(out) if out is not None else Path("build", _default_name(path, factory))
+    check_destination(out)
+    begin = time.perf_counter()
+    progress(f"loading {path.name}")
+    file = load_model_file(path, factory, dict(settings or {}))
+    compiler = _Compiler(
+        file=file,
+        topology=topology,
+        schedule=checked,
+        microbatches=microbatches,
+        say=progress,
+        dump_folder=Path(dump_passes) if dump_passes is not None else None,
+        seconds={"load": round(time.perf_counter() - begin, 3)},
+    )
+    placement = _place(compiler, depth, width, microbatch, policy)
+    with compiler.phase("emit"):
+        progress(f"writing {placement.depth} stages")
+        plan, stages = _plan(compiler, placement)
+        write_artifact(out, {"plan.json": plan.to_json(), **stages, **_source(file)})
+    return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
+
+
+def _checked_schedule(schedule: str) -> Schedule:
+    if schedule == "2bw" or schedule == "flush":
+        return schedule
+    raise UsageError(f"--schedule {schedule}: the schedules are 2bw and flush")
+
+
+def _checked_recompute(recompute: str) -> Recompute:
+    if recompute == "auto" or recompute == "always" or recompute == "never":
+        return recompute
+    raise UsageError(f"--recompute {recompute}: give auto, always or never")
+
+
+def _default_name(path: Path, factory: str) -> str:
+    return path.stem if factory == "model" else f"{path.stem}_{factory}"
+
+
+def _place(
+    compiler: _Compiler,
+    depth: int | None,
+    width: int | None,
+    microbatch: int | None,
+    recompute: Recompute,
+) -> Placement:
+    """Search what is not given; judge the winner on a trace at its own microbatch size."""
+
+    def solved(problems: Mapping[int, PlacementProblem], d: int | None, w: int | None) -> Placement:
+        with compiler.phase("solve"):
+            compiler.say("placing the stages")
+            return solve(
+                problems,
+                depths=None if d is None else (d,),
+                widths=None if w is None else (w,),
+                recompute=recompute,
+                progress=lambda p: compiler.say(_progress_line(p)),
+            )
+
+    problems = compiler.candidates(microbatch)
+    found = solved(problems, depth, width)
+    if found.microbatch in compiler.problems:
+        return found
+    exact = {found.microbatch: compiler.problem(found.microbatch)}
+    final = solved(exact, found.depth, found.width)
+    bound = max(found.bound, final.bound)
+    return replace(
+        final,
+        bound=bound,
+        gap=max(0.0, bound / final.samples_per_s - 1),
+        status=found.status if final.status == "optimal" else final.status,
+        search_space=found.search_space,
+    )
+
+
+def _progress_line(progress: Progress) -> str:
+    best = "none" if progress.samples_per_s is None else f"{progress.samples_per_s:.4g}"
+    return (
+        f"placing the stages: {progress.phase} {progress.done}/{progress.total}, best {best} "
+        f"samples/s, bound {progress.bound:.4g}"
+    )
+
+
+def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, str]]:
+    program = compiler.program(placement.microbatch)
+    cut = split(program, placement.stage_of_block)
+    stages = describe_stages(
+        program,
+        cut,
+        placement,
+        compiler.schedule,
+    )
+    plan = Plan(
+        schema=1,
+        p2bw_version=__version__,
+        torch_version=torch.__version__.partition("+")[0],
+        model=_model_source(compiler.file, program),
+        topology=compiler.topology.to_json(),
+        schedule=compiler.schedule,
+        depth=placement.depth,
+        width=placement.width,
+        microbatch=placement.microbatch,
+        microbatches_per_update=placement.microbatches_per_update,
+        period_s=placement.period_s,
+        samples_per_s=placement.samples_per_s,
+        utilisation=placement.utilisation,
+        bytes_per_sample=placement.bytes_per_sample,
+        optimality=Optimality(
+            status=placement.status,
+            objective=placement.samples_per_s,
+            bound=placement.bound,
+            gap=placement.gap,
+            search_space=placement.search_space,
+        ),
+        inputs=tuple(tensor_spec(name, kind) for name, kind in program.inputs.items()),
+        tied=tied_parameters(program, cut),
+        stages=stages,
+    )
+    return plan, emit_stages(program, cut, plan)
+
+
+def _model_source(file: ModelFile, program: Program) -> ModelSource:
+    return ModelSource(
+        file=_relative(file.path),
+        factory=file.factory,
+        settings=dict(file.settings),
+        sha256=file.sha256(),
+        name=program.model_name,
+    )
+
+
+def _relative(path: Path) -> str:
+    """Relative to the working folder where the file lies below it, else the bare name."""
+    try:
+        return path.resolve().relative_to(Path.cwd().resolve()).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _source(file: ModelFile) -> dict[str, bytes]:
+    """A copy of the model file, so that an artifact can be moved and still be run."""
+    return {f"source/{file.path.name}": file.path.read_bytes()}

@@ -1,0 +1,29 @@
+"""Every architecture, cut into 2 and 4 stages, against eager PyTorch: loss and every gradient."""
+
+from collections.abc import Callable
+
+import pytest
+from corpus import CORPUS
+
+from p2bw.compiler.driver import Compiled
+from p2bw.compiler.verify import TOLERANCE, verify
+
+# Where the gradient of one tensor is a sum of three or more terms from different stages (an
+# encoder's output that every decoder layer reads), adding them stage by stage rounds differently.
+ANOTHER_ORDER = {("hf_t5", 4), ("hf_whisper", 4), ("hf_llama", 4), ("hf_t5", 2), ("hf_whisper", 2)}
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("name", [architecture.name for architecture in CORPUS])
+def test_the_stages_compute_what_the_model_computes(
+    name: str, depth: int, compiled: Callable[[str, int], Compiled]
+) -> None:
+    result = verify(compiled(name, depth).artifact)
+    assert result.problems == ()
+    assert result.ok
+    assert result.loss_bitwise
+    assert result.compared > 0
+    if (name, depth) in ANOTHER_ORDER:
+        assert all(d.reason and d.max_rel <= TOLERANCE for d in result.differences)
+    else:
+        assert result.bitwise == result.compared
