@@ -68,11 +68,11 @@ def build_real(file: ModelFile, mode: FakeTensorMode, problem: ModelError) -> nn
     return _fakeify(model, mode)
 
 
-class _SmallTensorsReal(TorchDispatchMode):
+class _SmallTensorsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs small operators on known values for real, and everything else on fake tensors."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
 
     def __torch_dispatch__(

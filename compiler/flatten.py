@@ -132,7 +132,9 @@ class _Flat:
 
     def copy(self, graph: fx.Graph, operands: Sequence[fx.Node]) -> fx.Node:
         """Copy a graph's calls, keeping track of grad mode and autocast; gives its one result."""
-        env = dict(zip(graph.find_nodes(op="placeholder"), operands, strict=True))
+        env: dict[fx.Node, fx.Node] = dict(
+            zip(graph.find_nodes(op="placeholder"), operands, strict=True)
+        )
         regions: dict[fx.Node, _Region] = {}  # what was in force before each autocast
         region = _Region()
         for node in graph.nodes:
@@ -146,7 +148,7 @@ class _Flat:
             elif node.target is torch.amp.autocast_mode._exit_autocast:
                 region = replace(region, autocast=regions[node.args[0]].autocast)
             elif node.op == "output":
-                (loss,) = node.args[0]
+                (loss,) = node.all_input_nodes
                 return env[loss]
             else:
                 env[node] = self._call(node, env, region)
@@ -292,7 +294,7 @@ def _arguments(node: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 def _operator(target: OpOverload) -> str:
     """The name of an operator without overload and package."""
-    return target.name().partition("::")[2].partition(".")[0]
+    return str(target._schema.name).partition("::")[2]
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:

@@ -45,4 +45,5 @@ def interpret(
                     before_node(node)
                 arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*arguments[0], **arguments[1])
-    return values[program.loss]
+    loss: torch.Tensor = values[program.loss]
+    return loss

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
 from typing import Any, TextIO, cast
 from unittest import mock
 
@@ -95,7 +96,7 @@ def refuse_custom_functions(code: UserCode) -> Iterator[None]:
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch.") and torch.is_grad_enabled():
-            frame = sys._getframe(1)
+            frame: FrameType | None = sys._getframe(1)
             line = None
             while frame is not None and line is None:
                 line = code.line(frame.f_code.co_filename, frame.f_lineno)

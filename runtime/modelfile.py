@@ -127,16 +127,16 @@ class ModelFile:
         with_targets = self.function("targets") is not None
         for index in count():
             with self.code.running("data()"):
-                microbatch = next(microbatches, None)
-            if microbatch is None:
+                given = next(microbatches, None)
+            if given is None:
                 return
             if not with_targets:
-                yield microbatch, None
-            elif isinstance(microbatch, Sequence) and len(microbatch) == 2:
-                yield microbatch[0], microbatch[1]
+                yield given, None
+            elif isinstance(given, Sequence) and len(given) == 2:
+                yield given[0], given[1]
             else:
                 raise ModelError(
-                    f"{self.path.name}: data() yielded {describe(microbatch)} as microbatch "
+                    f"{self.path.name}: data() yielded {describe(given)} as microbatch "
                     f"{index}; yield (inputs, targets)"
                 )
 

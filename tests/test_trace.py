@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from corpus import CORPUS, ROOT
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,6 @@ from p2bw.compiler.program import TensorType
 from p2bw.compiler.trace import trace
 from p2bw.runtime.errors import ModelError
 from p2bw.runtime.modelfile import flatten_microbatch, load_model_file
-from tests.corpus import CORPUS, ROOT
 
 HEAD = """\
 import math
