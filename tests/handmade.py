@@ -7,7 +7,7 @@ expanded and one of booleans. So the runtime's tests depend on no other part of 
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 MODEL = """\
@@ -132,11 +132,13 @@ def write_artifact(
     microbatch: int = 3,
     recompute: Collection[int] = (),
     optimizer: str = "sgd",
+    edit: Callable[[str], str] = str,
 ) -> Path:
-    """Write model.py, plan.json and the stages to a folder."""
+    """Write the model file (after an edit), plan.json and the stages to a folder."""
+    model = edit(MODEL)
     (folder / "stages").mkdir(parents=True)
     (folder / "source").mkdir()
-    (folder / "source" / "handmade.py").write_text(MODEL)
+    (folder / "source" / "handmade.py").write_text(model)
     last = depth - 1
     middle = stage_of_block(2, depth)
     edges = [("x", k, k + 1, (microbatch, 8), "float32", True) for k in range(last)]
@@ -195,7 +197,7 @@ def write_artifact(
             "file": "handmade.py",
             "factory": "model",
             "settings": {"optimizer": optimizer},
-            "sha256": hashlib.sha256(MODEL.encode()).hexdigest(),
+            "sha256": hashlib.sha256(model.encode()).hexdigest(),
         },
         "schedule": "2bw",
         "depth": depth,
