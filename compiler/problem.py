@@ -11,8 +11,6 @@ from p2bw.compiler.plan import Count, Data, Number, Schedule
 from p2bw.compiler.topology import Topology
 from p2bw.runtime.errors import InputFileError, UsageError
 
-SCHEMA = 1
-
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -66,7 +64,7 @@ class Constraints(Data):
 class PlacementProblem(Data):
     """One model at one microbatch size, on one topology, under one schedule."""
 
-    schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     microbatch: Positive
     schedule: Schedule = "2bw"
     microbatches: Positive | None = None  # per update; None: as many as there are stages

@@ -83,7 +83,7 @@ def problems(draw):
             gradient_bytes=draw(size),
             optimizer_bytes=draw(size),
             update_s=draw(small) / 10,
-            blocks=tuple(draw(st.sets(st.sampled_from(names), min_size=1, max_size=2))),
+            blocks=tuple(draw(st.sets(st.sampled_from(names), min_size=1, max_size=3))),
         )
         for i in range(draw(st.integers(0, 4)))
     )

@@ -10,10 +10,9 @@ Loads are rounded down, and the exchange of tied parameters is counted as betwee
 not at all on networks, so that the optimum is a lower bound; `evaluate` says what it is worth.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, permutations, product
 from typing import Any
 
@@ -22,12 +21,20 @@ import numpy as np
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate, ring_bytes
 from p2bw.compiler.placement.instance import PS, Instance
+from p2bw.compiler.placement.windows import (
+    TOLERANCE,
+    horizon_s,
+    reduction,
+    routes_of,
+    stage_windows,
+    stages_in,
+)
 
 SEED = 1
 WORKERS = 8  # interleaved: with their number fixed, every machine gets the same answer
+ALONE = 0.25  # share of the limit that one worker has for itself first
 MAX_PAIRS = 60_000  # y variables beyond which a solve would not end
 RESOLUTION = 2**30  # steps from 0 to the upper bound of T, and to the memory limit
-TOLERANCE = 1e-6  # periods that differ by less, relatively, are equal
 MAX_REPAIRS = 20
 
 
@@ -50,13 +57,13 @@ def solve_shape(
     limit: float,
 ) -> Result:
     """The placement whose busiest resource is busy for the least time, if below `upper_s`."""
-    windows = _windows(instance, shape.depth, recompute, upper_s)
+    windows = stage_windows(instance, shape.depth, recompute, upper_s)
     if any(first > last for first, last in windows):
         return Result(upper_s, None, 0.0)
-    routes = _routes(instance, windows)
+    routes = routes_of(instance, windows)
     if sum(map(len, routes)) > MAX_PAIRS:
         return Result(0.0, None, 0.0)
-    model = _Model(instance, shape, recompute, windows, routes, min(upper_s, _horizon(instance)))
+    model = _Model(instance, shape, recompute, windows, routes, min(upper_s, horizon_s(instance)))
     model.require_below(upper_s)
     best: tuple[int, ...] | None = None
     spent = bound_s = 0.0
@@ -77,79 +84,6 @@ def solve_shape(
         model.forbid(hint)
         model.require_below(upper_s)
     return Result(bound_s, best, spent)
-
-
-def _horizon(instance: Instance) -> float:
-    """More seconds than any placement is busy for."""
-    topology = instance.problem.topology
-    compute = 2 * instance.forward_ps + instance.backward_ps + instance.update_ps
-    seconds = float(compute.sum() + sum(tied.state.update_ps for tied in instance.tied)) / PS
-    moved = sum((edge.bytes + edge.gradient) * len(edge.consumers) for edge in instance.edges)
-    moved += 2 * int(instance.gradients.sum())
-    moved += sum(2 * tied.state.gradients * (1 + len(tied.groups)) for tied in instance.tied)
-    slowest = min(level.bandwidth for level in topology.levels)
-    return seconds + moved * topology.gpus / slowest or 1.0
-
-
-def _windows(
-    instance: Instance, depth: int, recompute: Recompute, upper_s: float
-) -> list[tuple[int, int]]:
-    """First and last possible stage of each group, if no stage may be busy beyond `upper_s`.
-
-    All that a group depends on fits in the stages up to its own, and likewise to the other side.
-    """
-    again = recompute == "always"
-    work_s = (instance.forward_ps * (2 if again else 1) + instance.backward_ps) / PS
-    above = np.eye(instance.size, dtype=bool)
-    for group, found in enumerate(instance.predecessors):
-        for p in found:
-            above[group] |= above[p]
-    windows = []
-    for group in range(instance.size):
-        before = _stages_for(float(work_s[above[group]].sum()), upper_s)
-        after = _stages_for(float(work_s[above[:, group]].sum()), upper_s)
-        first, last = before - 1, depth - after
-        if group in instance.pin:
-            first, last = max(first, instance.pin[group]), min(last, instance.pin[group])
-        windows.append((first, last))
-    return windows
-
-
-def _stages_for(work_s: float, upper_s: float) -> int:
-    if upper_s == 0:
-        return 1
-    return max(1, math.ceil(work_s / upper_s * (1 - TOLERANCE)))
-
-
-def _routes(instance: Instance, windows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """For each tensor, the pairs of stages that it may go between."""
-    return [
-        [
-            (j, k)
-            for j in _range(windows[edge.producer])
-            for k in sorted({k for c in edge.consumers for k in _range(windows[c])})
-            if j < k
-        ]
-        for edge in instance.edges
-    ]
-
-
-def _range(window: tuple[int, int]) -> range:
-    return range(window[0], window[1] + 1)
-
-
-def _reduction(predecessors: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
-    """The edges that no longer path implies; predecessors come before a group."""
-    above: list[int] = []
-    edges = []
-    for v, found in enumerate(predecessors):
-        seen = 0
-        for u in sorted(found, reverse=True):
-            if not seen >> u & 1:
-                edges.append((u, v))
-            seen |= above[u]
-        above.append(seen | 1 << v)
-    return edges
 
 
 class _Sum:
@@ -192,6 +126,7 @@ class _Found:
     bound_s: float
     stages: tuple[int, ...] | None
     spent: float
+    settled: bool  # nothing better is left
 
 
 class _Model:
@@ -250,7 +185,7 @@ class _Model:
     def _add(self, total: _Sum, values: Sequence[int] | np.ndarray[Any, Any], k: int) -> None:
         """Add sum over v of values[v] * x[v,k]."""
         for v, value in enumerate(values):
-            if value and k in _range(self.windows[v]):
+            if value and k in stages_in(self.windows[v]):
                 total.plus(self._x(v, k), int(value))
 
     def _order(self) -> None:
@@ -259,7 +194,7 @@ class _Model:
         for row in self.p:
             for early, late in pairwise(row):
                 self._implies(early, late)
-        for u, v in _reduction(self.instance.predecessors):
+        for u, v in reduction(self.instance.predecessors):
             for k in stages:
                 self._implies(self.p[v][k], self.p[u][k])
         for k in stages:
@@ -280,7 +215,7 @@ class _Model:
         edge = self.instance.edges[t]
         y = {(j, k): self._literal(f"y_{t}_{j}_{k}") for j, k in self.routes[t]}
         for c in edge.consumers:
-            mine = [(j, k) for j, k in y if k in _range(self.windows[c])]
+            mine = [(j, k) for j, k in y if k in stages_in(self.windows[c])]
             for j, k in mine:
                 both = self._x(edge.producer, j)
                 both.plus(self._x(c, k))
@@ -431,7 +366,7 @@ class _Model:
         largest = self.model.new_int_var(0, int(instance.transient.max()) // unit, "")
         fixed.add(largest)
         for v, size in enumerate((instance.transient // unit).tolist()):
-            if size and k in _range(self.windows[v]):
+            if size and k in stages_in(self.windows[v]):
                 own = _Sum()
                 self._add(own, [0] * v + [size], k)
                 self.model.add(largest >= own.expression())
@@ -489,30 +424,44 @@ class _Model:
         self._at_least(changed, _Sum(1))
 
     def minimise(self, hint: Sequence[int] | None, limit: float) -> _Found:
+        """One worker first, which settles most models at once; then several, taking turns."""
+        self.model.minimize(self.period)
+        found = self._run(hint, limit * ALONE, 1)
+        if found.settled:
+            return found
+        # Without a feasible hint none is given: where one worker sees at once that a model has no
+        # solution, interleaved search (OR-Tools 9.15) aborts the process while it tries a hint.
+        more = self._run(found.stages, limit - found.spent, WORKERS)
+        return replace(
+            more,
+            bound_s=max(found.bound_s, more.bound_s),
+            stages=more.stages or found.stages,
+            spent=found.spent + more.spent,
+        )
+
+    def _run(self, hint: Sequence[int] | None, limit: float, workers: int) -> _Found:
         from ortools.sat.python import cp_model
 
-        self.model.clear_hints()
-        if hint is not None:
-            for row, stage in zip(self.p, hint, strict=True):
-                for k, literal in enumerate(row):
-                    if not isinstance(literal, int):
-                        self.model.add_hint(literal, k >= stage)
-        self.model.minimize(self.period)
+        self.model.clear_hints()  # type: ignore[no-untyped-call]
+        for row, stage in zip(self.p, hint or (), strict=hint is not None):
+            for k, literal in enumerate(row):
+                if not isinstance(literal, int):
+                    self.model.add_hint(literal, k >= stage)
         solver = cp_model.CpSolver()
         solver.parameters.random_seed = SEED
-        solver.parameters.num_workers = WORKERS
-        solver.parameters.interleave_search = True
+        solver.parameters.num_workers = workers
+        solver.parameters.interleave_search = workers > 1
         solver.parameters.max_deterministic_time = max(limit, 0.01)
         status = solver.solve(self.model)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         spent = solver.response_proto.deterministic_time
         if status == cp_model.INFEASIBLE:
-            return _Found(np.inf, None, spent)
+            return _Found(np.inf, None, spent, True)
         bound_s = max(0.0, solver.best_objective_bound) / self.scale
         if status == cp_model.UNKNOWN:
-            return _Found(bound_s, None, spent)
+            return _Found(bound_s, None, spent, False)
         stages = tuple(
             sum(not (lit if isinstance(lit, int) else solver.boolean_value(lit)) for lit in row)
             for row in self.p
         )
-        return _Found(bound_s, stages, spent)
+        return _Found(bound_s, stages, spent, status == cp_model.OPTIMAL)

@@ -89,8 +89,8 @@ def step_costs(
     out = steps.sent + steps.received_gradient
     into = steps.received + steps.sent_gradient
     update_s = np.zeros(len(out))
-    first = np.zeros(len(out), np.int64)
-    last = np.full(len(out), instance.size)
+    first: Numbers = np.zeros(len(out), np.int64)
+    last: Numbers = np.full(len(out), instance.size)
     if shape is not None:
         m = instance.problem.microbatches_at(shape.depth)
         update_s = steps.update_s / m

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from p2bw.compiler.placement.instance import PS, Edge, Instance
+from p2bw.compiler.placement.instance import PS, Edge, Instance, Numbers
 
 MIN_PERIOD_S = 1 / PS  # so that a model without costs still has a rate
 
@@ -217,7 +217,7 @@ def _stage(
     own = [group for group, stage in enumerate(stage_of) if stage == k]
     states = [instance.tied[i].state for i in flows.holds[k]]
 
-    def total(array: Sequence[int]) -> int:
+    def total(array: Numbers) -> int:
         return sum(int(array[group]) for group in own)
 
     in_flight = instance.in_flight(k, shape.depth)
@@ -299,7 +299,7 @@ def _problems(
     for first, second in instance.apart:
         if stage_of[first] == stage_of[second]:
             found.append(f"{instance.name(first)} and {instance.name(second)} must be apart")
-    for k, stage in enumerate(stages):
-        if stage.total > stage.limit:
-            found.append(f"stage {k} needs {stage.total} bytes of {stage.limit}")
+    for k, numbers in enumerate(stages):
+        if numbers.total > numbers.limit:
+            found.append(f"stage {k} needs {numbers.total} bytes of {numbers.limit}")
     return tuple(found)

@@ -13,7 +13,7 @@ from p2bw.compiler.placement.candidates import (
     make_models,
     make_shapes,
 )
-from p2bw.compiler.placement.cpsat import TOLERANCE, solve_shape
+from p2bw.compiler.placement.cpsat import solve_shape
 from p2bw.compiler.placement.dp import Recompute, feasible_chain, step_costs
 from p2bw.compiler.placement.evaluate import (
     Evaluation,
@@ -22,6 +22,7 @@ from p2bw.compiler.placement.evaluate import (
 )
 from p2bw.compiler.placement.explain import explain_infeasible
 from p2bw.compiler.placement.result import Limits, Placement, Progress
+from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
