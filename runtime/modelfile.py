@@ -142,7 +142,9 @@ class ModelFile:
 
     def function(self, name: str) -> Callable[..., Any] | None:
         """An optional function of the file: loss, targets, optimizer, scheduler, data."""
-        return getattr(self.module, name, None)
+        function = getattr(self.module, name, None)
+        # `import data` names a neighbour, no function of this file.
+        return None if isinstance(function, ModuleType) else function
 
     def sha256(self) -> str:
         """Of the file's bytes as they were run."""

@@ -104,6 +104,11 @@ def test_neighbours_can_be_imported_early_and_late_and_shadow_nothing(write, mon
     assert file.model().out_features == 5
 
 
+def test_an_imported_module_is_no_function_of_the_file(write):
+    file = load_model_file(write("import json as data\n" + GOOD))
+    assert next(file.data(2, seed=0))[1][0].shape == (2, 4)
+
+
 def test_two_files_of_one_name_live_side_by_side(tmp_path):
     files = []
     for width in (3, 5):
