@@ -4,7 +4,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-_DUST = 1 / 16  # of the limit: what is smaller may join a block that is full already
+_DUST = 1 / 16  # of the limit: what is smaller may join a block that is full already,
+_SLACK = 1.25  # until it is this many times too full
 
 
 class UnionFind:
@@ -56,9 +57,11 @@ class Contraction:
     joined: UnionFind = field(init=False)
     _after: list[dict[int, Cut]] = field(init=False)
     _before: list[set[int]] = field(init=False)
+    _cores: list[float] = field(init=False)  # the largest share of any node merged into a node
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self._cores = [max(size) for size in self.sizes]
         self.count = len(self.sizes)
         self.joined = UnionFind(self.count)
         self._after = [{} for _ in self.sizes]
@@ -90,14 +93,12 @@ class Contraction:
         return (len(self._after[u]) > 1, -cut.bytes, not cut.strided, u, v)
 
     def _mergeable(self, u: int, v: int, limit: float) -> bool:
-        dust = self._is_dust(u, limit) or self._is_dust(v, limit)
+        size = max(a + b for a, b in zip(self.sizes[u], self.sizes[v], strict=True))
+        dust = min(max(self.sizes[u]), max(self.sizes[v])) <= _DUST * limit
+        swept = dust and size <= _SLACK * max(limit, self._cores[u], self._cores[v])
         if len(self._after[u]) == 1:
-            sums = (a + b for a, b in zip(self.sizes[u], self.sizes[v], strict=True))
-            return dust or max(sums) <= limit
-        return len(self._before[v]) == 1 and dust
-
-    def _is_dust(self, node: int, limit: float) -> bool:
-        return max(self.sizes[node]) <= _DUST * limit
+            return swept or size <= limit * (1 + 1e-9)  # these are sums of rounded numbers
+        return swept and len(self._before[v]) == 1
 
     def _merge(self, u: int, v: int) -> Iterable[tuple[int, int]]:
         """Merge two nodes into one of them; the edges whose keys have changed."""
@@ -106,6 +107,7 @@ class Contraction:
         keep = self.joined.union(u, v)
         drop = v if keep == u else u
         self.count -= 1
+        self._cores[keep] = max(self._cores[keep], self._cores[drop])
         self.sizes[keep] = tuple(
             a + b for a, b in zip(self.sizes[keep], self.sizes[drop], strict=True)
         )

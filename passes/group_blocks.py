@@ -140,19 +140,28 @@ def _outputs(program: Program, node: fx.Node) -> range:
 
 
 def _strided(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Tensors arrive contiguous, so what a view makes of strides stays with who made them."""
+    """Tensors arrive contiguous, so views that make or need other strides stay with each other."""
     for node in nodes:
-        if node.target not in _STRIDE_SENSITIVE:
-            continue
-        current = node
-        while current.op == "call_function":
-            alias = program.fact(current, "alias")[0]
-            if alias is None:
-                break
-            source = tensor_arguments(current)[alias]
-            if source.op == "call_function" and not _is_contiguous(program, source):
-                yield [source, current]
-            current = source
+        users = [user for user in node.users if user.op == "call_function"]
+        if len(node.users) == 1 and users and not _is_contiguous(program, node):
+            (user,) = users
+            if _viewed(program, node) is not None or _viewed(program, user) is node:
+                yield [node, user]
+        if node.target in _STRIDE_SENSITIVE:
+            current = node
+            while source := _viewed(program, current):
+                if not _is_contiguous(program, source):
+                    yield [source, current]
+                current = source
+
+
+def _viewed(program: Program, node: fx.Node) -> fx.Node | None:
+    """The computed tensor that a node's output is a view of."""
+    alias = program.fact(node, "alias")
+    if node.op != "call_function" or not alias or alias[0] is None:
+        return None
+    source = tensor_arguments(node)[alias[0]]
+    return source if source.op == "call_function" else None
 
 
 def _is_contiguous(program: Program, node: fx.Node) -> bool:
@@ -289,8 +298,9 @@ def _alive(program: Program, nodes: Sequence[fx.Node], position: dict[fx.Node, i
 def _block_name(program: Program, members: Sequence[fx.Node]) -> str:
     """The deepest module that holds all of a block that matters, by time; "loss" outside."""
     seconds = [_seconds(program, node) for node in members]
-    heaviest = members[seconds.index(max(seconds))]
-    matter = [n for n, s in zip(members, seconds, strict=True) if 20 * s >= max(seconds)]
+    most = max(seconds)
+    heaviest = members[seconds.index(most)]
+    matter = [node for node, s in zip(members, seconds, strict=True) if 20 * s >= most]
     paths = [path for node in matter if (path := _path(program, node)) is not None]
     scopes = [scope.path for scope in program.facts[heaviest.name].scopes]
     if not scopes:
