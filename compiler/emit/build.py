@@ -8,6 +8,7 @@ from torch import fx
 from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
 from p2bw.compiler.emit.hints import base_name, call_name, name_queries, unpacked_names
 from p2bw.compiler.emit.leaves import Leaf, Match, match_leaf
+from p2bw.compiler.emit.names import short_name
 from p2bw.compiler.emit.ops import Op, augmented, render
 from p2bw.compiler.emit.regions import Layout, Region
 from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Tensor, Value
@@ -419,6 +420,8 @@ class Builder:
         return self._name_in(frame, value)
 
     def _name_in(self, frame: _Frame, value: fx.Node) -> str:
+        if value in self.layout.arguments:
+            return short_name(self.program, value)
         number = frame.numbers.get(value)
         if number is not None and 0 <= number < len(frame.body.values):
             return frame.body.values[number].name

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Sequence
 
+from p2bw.compiler.emit.expr import WIDTH
+
 
 def plain(text: str) -> str:
     """Foreign text for a comment or docstring: one line, nothing that could end it."""
     return re.sub(r"[^\x20-\x7e]|[\\\"]", "?", text)
 
 
-def spans(paths: Sequence[str], limit: int = 3) -> str:
+def spans(paths: Sequence[str], width: int) -> str:
     """ "h.3 .. h.5, ln_f": paths in words, runs of numbered siblings as spans."""
     groups: list[list[str]] = []
     for path in paths:
@@ -18,9 +20,14 @@ def spans(paths: Sequence[str], limit: int = 3) -> str:
         else:
             groups.append([path])
     words = [group[0] if len(group) == 1 else f"{group[0]} .. {group[-1]}" for group in groups]
-    if len(words) > limit:
-        words = [*words[: limit - 1], f"... {words[-1]}"]
-    return plain(", ".join(words))
+    shown = words[:1]
+    for word in words[1:]:
+        if len(", ".join([*shown, word])) > width:
+            break
+        shown.append(word)
+    if len(shown) < len(words):
+        shown[-1] += f" and {len(words) - len(shown)} more"
+    return plain(", ".join(shown))
 
 
 def _follows(before: str, after: str) -> bool:
@@ -30,3 +37,23 @@ def _follows(before: str, after: str) -> bool:
         return False
     a, b = changed[0]
     return a.isdecimal() and b.isdecimal() and int(b) == int(a) + 1
+
+
+def docstring(text: str, indent: int) -> list[str]:
+    """A docstring, on several lines if it has to be."""
+    space = " " * indent
+    line = f'{space}"""{text}"""'
+    if len(line) <= WIDTH:
+        return [line]
+    lines = wrapped(text, WIDTH - indent - 12)
+    return [f'{space}"""{lines[0]}', *(space + line for line in lines[1:]), f'{space}"""']
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Words over as many lines as it takes."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return [line[:width] for line in lines]

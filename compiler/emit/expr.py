@@ -160,7 +160,7 @@ def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
 def number(value: int | float) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
-    return repr(value)
+    return repr(value).replace("e+", "e")
 
 
 def quoted(text: str) -> str:
@@ -240,10 +240,12 @@ def _binary(node: Binary) -> str:
 
 
 def _simple(node: Node) -> bool:
-    """Whether `ruff format` hugs ** around this operand: names, dotted names, numbers."""
+    """Whether `ruff format` hugs ** around this operand: a name, a dotted name, a number."""
     match node:
         case Raw(text):
-            return all(part.isidentifier() for part in text.removeprefix("-").split("."))
+            plain = text.removeprefix("-")
+            dotted = all(part.isidentifier() for part in plain.split("."))
+            return dotted or plain.replace("e-", "").replace(".", "").isalnum()
         case Num():
             return True
         case Attr(base, _):
@@ -272,6 +274,12 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
         case Seq(brackets, seq) if seq:
             opening, closing = brackets
             items = [("", item) for item in seq]
+        case Binary() if len(line) - len(prefix) + 4 <= WIDTH and prefix:
+            return [
+                " " * indent + prefix + "(",
+                " " * (indent + 4) + flat(node),
+                " " * indent + ")",
+            ]
         case _:
             return [line]
     inner = [lay_out(name, item, indent + 4) for name, item in items]

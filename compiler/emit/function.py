@@ -66,7 +66,7 @@ class Function:
         last = self._last_uses(lines, results)
         for number in range(self.body.arguments):
             wish = self.body.values[number].name
-            self._name(number, identifier(wish, self.owner))
+            self._name(number, identifier(wish or "x", self.owner))
         signature = self._signature(name)
         body: list[str] = []
         shown: list[TensorType | None] = [None]
@@ -188,7 +188,7 @@ class Function:
                 return inside.get(index, Ref(index))
 
             expr = with_refs(line.statement.expr, fill)
-            if count == 0 or _is_readable(expr):
+            if count == 0 or self._is_readable(expr):
                 break
             count -= 1
         rest = pending[: len(pending) - count]
@@ -199,6 +199,17 @@ class Function:
             cut = len(rest)
         new = _Line(replace(line.statement, expr=expr))
         return new, rest[:cut], rest[cut:]
+
+    def _is_readable(self, expr: Node) -> bool:
+        """Whether an expression is short enough for one line."""
+
+        def worded(part: Node) -> Node:
+            if isinstance(part, Ref):
+                return Raw(self.body.values[part.index].name or "value")
+            return Raw(f"self.{part.path}") if isinstance(part, Own) else part
+
+        calls = sum(isinstance(part, Call) for part in walk(expr))
+        return calls <= _CALLS and len(flat(rebuild(expr, worded))) <= _LENGTH
 
     def _may_wait(self, line: _Line, uses: Counter[int]) -> bool:
         statement = line.statement
@@ -279,6 +290,11 @@ class Function:
             return lay_out("", expr, indent)
         targets = self._targets(statement, position, last)
         text = lay_out(f"{targets} = ", expr, indent)
+        if len(text[0]) > WIDTH and len(statement.targets) > 1:
+            space = " " * indent
+            text = lay_out(") = ", expr, indent)
+            names = [f"{space}    {name}," for name in targets.split(", ")]
+            text = [f"{space}(", *names, *text]
         return self._commented(text, statement.targets, shown)
 
     def _written_loop(
@@ -360,20 +376,6 @@ def _receiver(statement: Statement) -> int | None:
         case Call(Raw(), (Ref(index), *_), _):
             return index
     return None
-
-
-def _is_readable(expr: Node) -> bool:
-    calls = sum(isinstance(part, Call) for part in walk(expr))
-    text = with_refs(expr, lambda index: Raw("value"))
-    return calls <= _CALLS and _length(text) <= _LENGTH
-
-
-def _length(node: Node) -> int:
-    return len(flat(_plain(node)))
-
-
-def _plain(node: Node) -> Node:
-    return rebuild(node, lambda part: Raw(f"self.{part.path}") if isinstance(part, Own) else part)
 
 
 def _callee(statement: Statement) -> str:

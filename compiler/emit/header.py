@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from p2bw.compiler.emit.comments import plain, spans
+from p2bw.compiler.emit.comments import plain, spans, wrapped
+from p2bw.compiler.emit.expr import WIDTH
 from p2bw.compiler.plan import Plan, TransferSpec
 from p2bw.compiler.program import TensorType
 from p2bw.compiler.units import count, data, parameters, percent, seconds
-
-_WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ def format_header(header: StageHeader) -> str:
     parts = " + ".join(f"{kind} {data(amount)}" for kind, amount in header.memory if amount)
     rows += [
         ("memory", f"{data(total)} of {data(header.memory_limit)}"),
-        *(("", line) for line in _wrapped(f"= {parts}", 12)),
+        *(("", line) for line in wrapped(f"= {parts}", WIDTH - 12)),
     ]
     table = [f"{name:<10}  {text}".rstrip() for name, text in rows]
     wires = [_wire("receives", wire, "from") for wire in header.receives]
@@ -122,8 +121,8 @@ def _title(header: StageHeader) -> list[str]:
     ranks = ", ".join(map(str, header.devices[:8])) + (", ..." if len(header.devices) > 8 else "")
     where = f"on rank{'s' if len(header.devices) > 1 else ''} {ranks}" if header.devices else ""
     first = f"{place}: {plain(header.model)} {where}".rstrip() + "."
-    held = spans(_outermost(header.modules), limit=6)
-    return [first, *(["", *_wrapped(held, 0)] if held else [])]
+    held = spans(_outermost(header.modules), width=300)
+    return [first, *(["", *wrapped(held, WIDTH)] if held else [])]
 
 
 def _outermost(modules: Sequence[str]) -> list[str]:
@@ -133,13 +132,3 @@ def _outermost(modules: Sequence[str]) -> list[str]:
 def _wire(verb: str, wire: Wire, direction: str) -> str:
     text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {direction} stage {wire.peer}"
     return f"{verb:<10}  {text}"
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    """Words over as many lines as it takes."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > _WIDTH - indent:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines

@@ -15,7 +15,7 @@ _TRANSPARENT = re.compile(
     r"norm|drop|ln|bn|relu|gelu|silu|act|pool|flatten|sigmoid|tanh|softmax", re.I
 )
 
-_NAMED = {
+OPERATOR_NAMES = {
     "scaled_dot_product_attention": "y",
     "arange": "positions",
     "softmax": "weights",
@@ -56,8 +56,8 @@ def base_name(op: Op, expr: Node, body: Body) -> str:
         return "loss"
     if out.dtype == torch.bool:
         return "mask"
-    if base in _NAMED:
-        return _NAMED[base]
+    if base in OPERATOR_NAMES:
+        return OPERATOR_NAMES[base]
     if base in _ARITHMETIC and out.dtype.is_floating_point:
         operands = [body.values[i] for i in refs(expr) if 0 <= i < body.arguments]
         same = [value.name for value in operands if value.type == out]
@@ -136,8 +136,10 @@ def _name_back(
     body: Body, made: dict[int, Statement], named: dict[int, str], index: int, name: str
 ) -> None:
     """Name a value, and those that it is another view of."""
-    while index >= body.arguments and index not in named:
+    while index not in named and (index >= body.arguments or not body.values[index].name):
         named[index] = name
+        if index < body.arguments:
+            return
         statement = made[index]
         if len(statement.targets) != 1:
             return

@@ -6,8 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx
 
+from p2bw.compiler.emit.hints import OPERATOR_NAMES
 from p2bw.compiler.emit.regions import survey
 from p2bw.compiler.program import Program
 
@@ -49,6 +51,17 @@ def tensor_names(program: Program) -> Mapping[str, str]:
     return names
 
 
+def short_name(program: Program, node: fx.Node) -> str:
+    """What a forward calls a tensor that came from another stage, "" if nothing says."""
+    if node.op == "placeholder":
+        return node.name
+    name = str(getattr(node.target, "_opname", ""))
+    if name in OPERATOR_NAMES:
+        return OPERATOR_NAMES[name]
+    kind = program.facts[node.name].out[0]
+    return "mask" if kind.dtype is torch.bool else ""
+
+
 _NAMES: "WeakKeyDictionary[fx.Graph, dict[str, str]]" = WeakKeyDictionary()
 
 
@@ -80,5 +93,6 @@ def _place(program: Program, node: fx.Node) -> str:
     """The module that a node is in, and what it does there."""
     scopes = program.facts[node.name].scopes
     path = max((scope.path for scope in scopes), key=len, default="")
-    name = re.sub(r"_\d+$", "", node.name).strip("_")
+    name = str(getattr(node.target, "_opname", "")) or re.sub(r"_\d+$", "", node.name)
+    name = OPERATOR_NAMES.get(name, name.strip("_"))
     return f"{path}_{name}" if path else name

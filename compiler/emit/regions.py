@@ -119,6 +119,8 @@ def _returns_argument(program: Program, node: fx.Node) -> bool:
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if given.get("copy") or given.get("memory_format") is not None or len(arguments) != 1:
         return False
+    if arguments[0].op == "get_attr":
+        return False  # a parameter itself is no value to send
     return program.facts[node.name].out == program.facts[arguments[0].name].out
 
 

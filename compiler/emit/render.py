@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from p2bw.compiler.emit.classes import Class, Classes
+from p2bw.compiler.emit.comments import docstring, plain, spans
 from p2bw.compiler.emit.expr import (
     Call,
     Dict,
@@ -18,7 +19,6 @@ from p2bw.compiler.emit.expr import (
     quoted,
     rebuild,
 )
-from p2bw.compiler.emit.comments import plain, spans
 from p2bw.compiler.emit.function import Function
 from p2bw.compiler.emit.names import is_plain
 from p2bw.compiler.emit.tree import Kind, Module, Statement, Tensor
@@ -218,7 +218,7 @@ class Writer:
         if self.cls.name == "Stage":
             return []
         paths = [module.path for module in self.cls.instances]
-        where = spans(list(dict.fromkeys(paths)))
+        where = spans(list(dict.fromkeys(paths)), width=60)
         part = ""
         if not self.module.whole:
             part = (
@@ -229,4 +229,4 @@ class Writer:
                 else "The middle of "
             )
         source = f" ({plain(self.module.source)})" if self.module.source else ""
-        return [f'    """{part}{where}{source}."""']
+        return docstring(f"{part}{where}{source}.", 4)
