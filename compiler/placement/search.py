@@ -6,6 +6,7 @@ settles what it leaves open; all share the best placement found so far.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 from p2bw.compiler.placement.candidates import (
     Candidate,
@@ -119,7 +120,7 @@ class _Search:
             left = [candidate for candidate in self.open() if id(candidate) not in tried]
             if not left:
                 return
-            self._report("dynamic program", len(tried))
+            self._report("dynamic program")
             tried.add(id(left[0]))
             unbounded = self.rate == 0
             self._chain(left[0])
@@ -134,7 +135,7 @@ class _Search:
             if not left:
                 return
             candidate = left[0]
-            self._report("CP-SAT", len(tried))
+            self._report("CP-SAT")
             tried.add(id(candidate))
             found = solve_shape(
                 candidate.model.instance,
@@ -179,12 +180,12 @@ class _Search:
         if candidate.bound <= self.rate * (1 + TOLERANCE):
             candidate.closed_by = by
 
-    def _report(self, phase: str, done: int) -> None:
+    def _report(self, phase: Literal["dynamic program", "CP-SAT"]) -> None:
         if self._progress is not None:
             left = self.open()
             self._progress(
                 Progress(
-                    phase=phase,  # type: ignore[arg-type]
+                    phase=phase,
                     done=len(self.candidates) - len(left),
                     total=len(self.candidates),
                     samples_per_s=self.rate or None,
@@ -228,9 +229,7 @@ class _Search:
 
     def _search_space(self) -> str:
         """What was searched and how it was settled, in one line."""
-        models = list(dict.fromkeys(id(candidate.model) for candidate in self.candidates))
-        by_id = {id(candidate.model): candidate.model for candidate in self.candidates}
-        sizes = ", ".join(str(by_id[i].instance.problem.microbatch) for i in models)
+        sizes = sorted({c.model.instance.problem.microbatch for c in self.candidates})
         depths = [candidate.shape.depth for candidate in self.candidates]
         span = f"{min(depths)}..{max(depths)}" if min(depths) < max(depths) else f"{depths[0]}"
         counts = Counter(candidate.closed_by or "open" for candidate in self.candidates)
@@ -238,6 +237,7 @@ class _Search:
         model = self.candidates[0].model
         topology = model.instance.problem.topology
         return (
-            f"{topology.gpus} x {topology.device.name}, {span} stages, microbatch {sizes}, "
+            f"{topology.gpus} x {topology.device.name}, {span} stages, "
+            f"microbatch {', '.join(map(str, sizes))}, "
             f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
         )
