@@ -1,7 +1,9 @@
 """From an annotated Program to a PlacementProblem: sums over blocks, in plain numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 
+import networkx as nx
 from torch import fx
 
 from p2bw.compiler.plan import Schedule
@@ -27,13 +29,14 @@ def placement_problem(
     assert program.blocks is not None, "group_blocks has not run"
     home = {node: block.name for block in program.blocks for node in block.nodes}
     stash = _stash(program, home)
+    tensors = tuple(_tensors(program, home))
     return PlacementProblem(
         microbatch=program.batch_size,
         schedule=schedule,
         microbatches=microbatches,
         blocks=tuple(_block(program, block, stash[block.name]) for block in program.blocks),
         parameters=tuple(_parameters(program, home, topology, optimizer)),
-        tensors=tuple(_tensors(program, home)),
+        tensors=(*tensors, *_summation_order(program, home, tensors)),
         topology=topology,
     )
 
@@ -157,6 +160,39 @@ def _tensors(program: Program, home: Mapping[str, str]) -> Iterator[TensorCost]:
             # The leaf that collects its gradient lives until the backward, saved or not.
             saved=gradient or _is_saved(program, node, home),
         )
+
+
+def _summation_order(
+    program: Program, home: Mapping[str, str], tensors: Iterable[TensorCost]
+) -> Iterator[TensorCost]:
+    """Edges without bytes that keep a gradient of three or more terms equal to eager's, bit by bit.
+
+    Eager adds the terms of the last readers first. So does a pipeline, in which later stages send
+    theirs first, as long as later readers are never in earlier stages.
+    """
+    flow = nx.DiGraph((t.producer, consumer) for t in tensors for consumer in t.consumers)
+    flow.add_nodes_from(home.values())
+    for node in program.compute_nodes:
+        readers = [u for u in node.users if u.name in home and any(_gradients(program, u))]
+        if len(readers) < 3 or not any(_gradients(program, node)):
+            continue
+        for i, (reader, later) in enumerate(pairwise(readers)):
+            first, second = home[reader.name], home[later.name]
+            if first != second and not nx.has_path(flow, second, first):
+                flow.add_edge(first, second)
+                yield TensorCost(
+                    name=f"{node.name} read in order {i}",
+                    producer=first,
+                    consumers=(second,),
+                    bytes=0,
+                    gradient_bytes=0,
+                    saved=False,
+                )
+
+
+def _gradients(program: Program, node: fx.Node) -> tuple[bool, ...]:
+    needed: tuple[bool, ...] = program.fact(node, "requires_grad")
+    return needed
 
 
 def _is_saved(program: Program, node: fx.Node, home: Mapping[str, str]) -> bool:

@@ -48,6 +48,10 @@ def tiny(
 
 
 def inputs(batch_size: int) -> dict[str, Tensor]:
-    """The model returns its own loss when it is given labels; it moves them by one itself."""
-    tokens = torch.randint(config.vocab_size, (batch_size, config.max_position_embeddings))
-    return {"input_ids": tokens, "labels": tokens}
+    """Texts of several lengths, filled up at the end; the model shifts the labels itself."""
+    context = config.max_position_embeddings
+    tokens = torch.randint(config.vocab_size, (batch_size, context))
+    lengths = context - 1 - torch.arange(batch_size) % (context // 2)
+    mask = torch.arange(context) < lengths[:, None]
+    labels = tokens.masked_fill(~mask, -100)  # no loss where there is no text
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels}

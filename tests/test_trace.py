@@ -65,14 +65,13 @@ def step(file, run, batch_size=2):
     return loss, gradients, dict(model.named_buffers())
 
 
-def assert_equals_eager(file, program, batch_size=2, exact=True):
+def assert_equals_eager(file, program, batch_size=2):
     def by_graph(model, inputs, targets):
         return interpret(program, model, flatten_microbatch(inputs, targets))
 
     eager, graph = step(file, file.call, batch_size), step(file, by_graph, batch_size)
-    limits = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-7}
     for a, b in zip(eager, graph, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **limits)
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
 
 
 def assert_well_formed(program):
@@ -102,9 +101,7 @@ def test_examples_equal_eager_bit_for_bit(architecture):
     program = trace(file, architecture.batch)
     assert_well_formed(program)
     assert all(program.facts[node.name].source for node in program.compute_nodes)
-    # Traced, Llama masks explicitly where eager, having looked at the positions, leaves the
-    # masking to the attention kernel: the same function, other rounding.
-    assert_equals_eager(file, program, architecture.batch, exact=architecture.name != "hf_llama")
+    assert_equals_eager(file, program, architecture.batch)
 
 
 def test_names_scopes_and_sources():
