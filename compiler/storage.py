@@ -39,7 +39,7 @@ def storage_of(
 
 
 def picked_output(program: Program, node: fx.Node, source: fx.Node) -> int:
-    """Which tensor output of `source` a node reads: getitem nodes pick, others read the only one."""
+    """Which tensor output of `source` a node reads: getitem picks, others read the only one."""
     if node.target is getitem and len(program.facts[source.name].out) > 1:
         index = node.args[1]
         assert isinstance(index, int)
