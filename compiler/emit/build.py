@@ -1,6 +1,6 @@
 """From regions to modules: the user's hierarchy, rebuilt around the nodes of one stage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -47,6 +47,8 @@ class Builder:
         frame = _Frame(self.root, region, 0, body)
         for node in self.layout.arguments:
             self._argument(frame, node, self.names[node.name])
+            if node.op != "placeholder":
+                body.values[-1] = replace(body.values[-1], passing=True)
         self._fill(frame)
         name_queries(body)
         body.results = tuple(self._number(frame, value) for value in self.layout.results)
@@ -367,10 +369,13 @@ class Builder:
             self._below(region.path, i.path) is None for i in region.items if isinstance(i, Region)
         ):
             return True
+        if frame.module.kind is Kind.SEQUENTIAL or (known and known.kind is Kind.CLASS):
+            return False
+        if all(isinstance(item, Region) and _number_below(region, item) for item in region.items):
+            return True  # a container: its modules are called from outside
         # A function in the shape of a module, like an activation.
-        bare = len(region.items) == 1 and isinstance(region.items[0], fx.Node) and region.whole
-        bare = bare and all(self.owned(region, value) is None for value in reads)
-        return bare and frame.module.kind is not Kind.SEQUENTIAL
+        bare = len(region.items) == 1 and isinstance(region.items[0], fx.Node)
+        return bare and all(self.owned(region, value) is None for value in reads)
 
     def _class(self, frame: _Frame, region: Region, below: str) -> None:
         module = frame.module.child(below)
@@ -479,6 +484,10 @@ class _Owner:
 
     def __call__(self, node: fx.Node) -> str | None:
         return self.builder.owned(self.region, node)
+
+
+def _number_below(region: Region, item: Region) -> bool:
+    return item.path.removeprefix(f"{region.path}.").isdecimal()
 
 
 def _is_float(kind: TensorType | None) -> bool:

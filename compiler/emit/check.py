@@ -24,22 +24,29 @@ _BUILTINS = {"super", "range", "str", "tuple", "int", "float", "None"}
 def check(text: str) -> ast.Module:
     """Parse emitted text; what emission never writes is a bug, and must not reach a file."""
     tree = ast.parse(text)
-    imported = {"torch", "F", "nn", "Tensor", "OrderedDict"}
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert "Stage" in classes
-    for node in ast.walk(tree):
+    known = {"torch", "F", "nn", "Tensor", "OrderedDict", *classes, *_BUILTINS}
+    for statement in tree.body:
+        if not isinstance(statement, ast.ClassDef):
+            _check(statement, known)
+            continue
+        for part in statement.body:
+            bound = {node.arg for node in ast.walk(part) if isinstance(node, ast.arg)}
+            _check(part, known | bound)
+    return tree
+
+
+def _check(top: ast.AST, known: set[str]) -> None:
+    """Only known kinds of nodes, imports, attributes and names."""
+    loaded: set[str] = set()
+    stored: set[str] = set()
+    for node in ast.walk(top):
         assert isinstance(node, _ALLOWED), ast.dump(node)
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert ast.unparse(node) in _IMPORTS, ast.unparse(node)
+        if isinstance(node, ast.Name):
+            (stored if isinstance(node.ctx, ast.Store) else loaded).add(node.id)
         elif isinstance(node, ast.Attribute):
             assert not node.attr.startswith("__") or node.attr == "__init__", node.attr
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            known = imported | classes | _BUILTINS
-            known |= {arg.arg for arg in function.args.args}
-            for name in ast.walk(function):
-                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
-                    known.add(name.id)
-            for name in ast.walk(function):
-                assert not isinstance(name, ast.Name) or name.id in known, name.id
-    return tree
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert ast.unparse(node) in _IMPORTS, ast.unparse(node)
+    assert loaded <= known | stored, loaded - known - stored

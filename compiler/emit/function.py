@@ -26,7 +26,7 @@ from p2bw.compiler.emit.expr import (
     with_refs,
 )
 from p2bw.compiler.emit.names import identifier
-from p2bw.compiler.emit.tree import Body, Module, Statement
+from p2bw.compiler.emit.tree import Body, Module, Statement, Value
 from p2bw.compiler.program import TensorType
 
 _LENGTH = 72  # of an expression with others written into it
@@ -62,7 +62,11 @@ class Function:
 
     def lines(self, name: str) -> list[str]:
         """The method's lines, indented for a class."""
-        lines, results = self._inlined(self._loops())
+        loops = self._loops()
+        for loop in loops:
+            if loop.loop and loop.start >= self.body.arguments:
+                self.body.values[loop.start] = Value(None, "x")
+        lines, results = self._inlined(loops)
         last = self._last_uses(lines, results)
         for number in range(self.body.arguments):
             wish = self.body.values[number].name
@@ -350,7 +354,7 @@ class Function:
         if kind is None or kind == shown[0]:
             return text
         shown[0] = kind
-        many = " each" if len(targets) > 1 else ""
+        many = " each" if len(targets) - targets.count(None) > 1 else ""
         comment = f"  # {kind}{many}"
         if len(text[-1]) + len(comment) <= WIDTH:
             text[-1] += comment

@@ -60,7 +60,7 @@ def base_name(op: Op, expr: Node, body: Body) -> str:
         return OPERATOR_NAMES[base]
     if base in _ARITHMETIC and out.dtype.is_floating_point:
         operands = [body.values[i] for i in refs(expr) if 0 <= i < body.arguments]
-        same = [value.name for value in operands if value.type == out]
+        same = [value.hint for value in operands if value.type == out]
         return same[0] if same else "x"
     return inherited(expr, body, out)
 
@@ -72,10 +72,10 @@ def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
     alike = [v for v in known if v.type is None or v.type.dtype.is_floating_point == floating]
     same = [v for v in alike if v.type == out]
     for choice in (same, alike):
-        if any(value.name == "x" for value in choice):
+        if any(value.hint == "x" for value in choice):
             return "x"
         if choice:
-            return choice[0].name
+            return choice[0].hint
     return "x" if floating else "index"
 
 
@@ -89,9 +89,9 @@ def call_name(
     value = body.values[first.index] if isinstance(first, Ref) and first.index >= 0 else None
     numbered = not path.rpartition(".")[2].isidentifier()
     alike = value is not None and value.type is not None and out is not None
-    transparent = numbered or _TRANSPARENT.search(last) or _TRANSPARENT.search(module.class_name)
+    transparent = _TRANSPARENT.search(last) or _TRANSPARENT.search(module.class_name)
     if alike and transparent and value.type.dtype == out.dtype:
-        return value.name
+        return value.hint
     if numbered:
         return "x"
     return last.lower()

@@ -2,6 +2,7 @@
 
 import builtins
 import keyword
+import operator
 import re
 from collections.abc import Collection, Mapping
 from weakref import WeakKeyDictionary
@@ -77,7 +78,7 @@ def _tensor_names(program: Program) -> dict[str, str]:
         if node.op == "placeholder":
             wish = node.name
         elif node.op == "call_function":
-            wish = module_of.get(node.name) or _place(program, node)
+            wish = _wish(program, module_of, node)
         else:
             continue
         name = identifier(wish, ())
@@ -87,6 +88,14 @@ def _tensor_names(program: Program) -> dict[str, str]:
         names[node.name] = name
         taken.add(name)
     return names
+
+
+def _wish(program: Program, module_of: Mapping[str, str], node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        producer, index = node.args
+        assert isinstance(producer, fx.Node)
+        return _wish(program, module_of, producer) + (f"_{index}" if index else "")
+    return module_of.get(node.name) or _place(program, node)
 
 
 def _place(program: Program, node: fx.Node) -> str:

@@ -32,6 +32,12 @@ class Value:
 
     type: TensorType | None
     name: str  # what a person would call it
+    passing: bool = False  # named after where it came from, which says nothing about what follows
+
+    @property
+    def hint(self) -> str:
+        """A name for what is made of it."""
+        return "x" if self.passing else self.name
 
 
 @dataclass(slots=True)
