@@ -31,11 +31,13 @@ def console() -> Console:
 def print_plan(plan: Plan, artifact: str) -> None:
     out = console()
     out.print(_title(plan))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    limit = f"total of {units.data(plan.stages[0].memory.limit)}"
     columns = ("stage", "ranks", "layers", "params", "fwd", "bwd", "weights", "grads", "optim",
-               "stash", "other", "total", "limit", "in", "out")  # fmt: skip
+               "stash", "other", limit, "in", "out")  # fmt: skip
     for name in columns:
-        table.add_column(name, justify="left" if name in ("layers", "ranks") else "right")
+        words = name == "layers"
+        table.add_column(name, justify="left" if words else "right", no_wrap=name != "layers")
     for stage in plan.stages:
         table.add_row(*map(escape, _row(stage)))
     out.print(table)
@@ -70,7 +72,6 @@ def _row(stage: Stage) -> tuple[str, ...]:
         units.data(memory.stash),
         units.data(other),
         f"{units.data(memory.total)} {100 * memory.total / memory.limit:3.0f}%",
-        units.data(memory.limit),
         units.data(sum(t.bytes for t in stage.receives)),
         units.data(sum(t.bytes for t in stage.sends)),
     )
@@ -94,23 +95,24 @@ def _summary(plan: Plan) -> Iterable[str]:
 
 
 def summarise_modules(modules: Iterable[str]) -> str:
-    """('h.3', 'h.4', 'h.5', 'ln_f') -> 'h.3-5, ln_f'."""
-    runs: list[list[str | int]] = []  # [prefix, first, last] or [path]
+    """('wte', 'h.0', 'h.1', 'h.2.ln_1', 'h.2.attn') -> 'wte, h.0-1, part of h.2'."""
+    runs: list[tuple[str, int | None, int | None]] = []  # prefix, first and last number
     for path in modules:
+        layer = re.match(r"(.*?\.)?(\d+)(?=[. ])", path)  # of which only something is here
         numbered = re.fullmatch(r"(.*?)(\d+)", path)
-        if numbered is None:
-            runs.append([path])
-            continue
-        prefix, number = numbered[1], int(numbered[2])
-        if runs and len(runs[-1]) == 3 and runs[-1][0] == prefix and runs[-1][2] == number - 1:
-            runs[-1][2] = number
+        if layer is not None:
+            run: tuple[str, int | None, int | None] = (f"part of {layer[0]}", None, None)
+        elif numbered is not None:
+            run = (numbered[1], int(numbered[2]), int(numbered[2]))
         else:
-            runs.append([prefix, number, number])
+            run = (path, None, None)
+        if runs and run[1] is not None and runs[-1][0] == run[0] and runs[-1][2] == run[1] - 1:
+            runs[-1] = (run[0], runs[-1][1], run[1])
+        elif run not in runs[-1:]:
+            runs.append(run)
     return ", ".join(
-        str(run[0])
-        if len(run) == 1
-        else f"{run[0]}{run[1]}" + (f"-{run[2]}" if run[2] != run[1] else "")
-        for run in runs
+        prefix + ("" if first is None else str(first) if first == last else f"{first}-{last}")
+        for prefix, first, last in runs
     )
 
 

@@ -46,7 +46,7 @@ BAD = {
     "a syntax error": ("def model(:\n    pass\n", (), 3, "model.py:1"),
     "an exception": ("import torch\nboom = 1 / 0\n", (), 3, "model.py:2"),
     "no model": (GOOD.replace("def model", "def build"), (), 3, "build"),
-    "wrong inputs": (GOOD.replace("(batch_size, 8)", "(batch_size, 7)"), (), 3, "inputs"),
+    "wrong inputs": (GOOD.replace("(batch_size, 8)", "(batch_size, 7)"), (), 3, "input: f32[1, 7]"),
     "control flow on data": (
         GOOD.replace("nn.Sequential(", "Choosy(")
         + "\nclass Choosy(nn.Sequential):\n"
@@ -57,7 +57,7 @@ BAD = {
         + "        return x\n",
         (),
         3,
-        "model.py:22",
+        "model.py:20",
     ),
     "no GPU": (GOOD, ("--gpus", "0"), 2, "--gpus 0"),
     "memory that is no number": (GOOD, ("--memory", "nan"), 2, "nan"),
