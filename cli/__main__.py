@@ -278,6 +278,30 @@ def show_command(
             print_plan(plan, str(artifact))
 
 
+@app.command("solve")
+def solve_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A placement problem.")],
+    stages: Annotated[
+        int | None, typer.Option(help="How many stages.  [searched, or the file's]")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Place the blocks of a problem file on stages, with a proof."""
+    with _reporting(debug):
+        from p2bw.compiler.solve import solve_file
+        from p2bw.progress import progress
+        from p2bw.tables import print_solution
+
+        with progress(quiet) as say:
+            solution = solve_file(file, stages=stages, progress=say)
+        if as_json:
+            _print_json(solution.to_json())
+        elif not quiet:
+            print_solution(solution)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

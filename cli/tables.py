@@ -17,6 +17,7 @@ from p2bw.compiler import units
 
 if TYPE_CHECKING:
     from p2bw.compiler.plan import Plan, Stage
+    from p2bw.compiler.solve import Solution
     from p2bw.compiler.verify import Verification
 
 _PIPED_WIDTH = 168  # a file or a pager has no width of its own
@@ -140,6 +141,25 @@ def print_verification(result: Verification) -> None:
 def print_seconds(seconds: Mapping[str, float]) -> None:
     phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     console().print(f"seconds     {phases}")
+
+
+def print_solution(solution: Solution) -> None:
+    """The stages of a solved problem in the unit of its file, and the proof."""
+    out = console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("stage", "device", "replicas", "load", "memory", "blocks"):
+        table.add_column(name, justify="left" if name in ("device", "blocks") else "right")
+    for k, stage in enumerate(solution.stages):
+        blocks = [name for name, place in solution.assignment.items() if place == k]
+        shown = ", ".join(blocks[:4]) + (f" .. {blocks[-1]}" if len(blocks) > 4 else "")
+        memory = units.data(round(stage.memory))
+        row = (str(k), stage.device, str(stage.replicas), f"{stage.load:.6g}", memory)
+        table.add_row(*map(escape, (*row, f"{len(blocks)}: {shown}")))
+    out.print(table)
+    proof = "proven optimal" if solution.status == "optimal" else f"gap {100 * solution.gap:.2f} %"
+    out.print(escape(f"objective   {solution.objective:.7g} {solution.unit}"))
+    out.print(escape(f"proof       {proof}: bound {solution.bound:.7g} over {solution.space}"))
+    out.print(f"seconds     {solution.seconds:.1f}")
 
 
 def print_run(result: Mapping[str, Any]) -> None:

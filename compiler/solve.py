@@ -1,0 +1,89 @@
+"""solve_file: place the blocks of a problem from anywhere, in the unit of its file."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from p2bw.compiler.placement import solve
+from p2bw.compiler.problem import PlacementProblem, read_problem
+from p2bw.runtime.errors import UsageError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedStage:
+    """What one stage is busy for, and what it holds."""
+
+    load: float
+    memory: float
+    replicas: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A placement and its proof; nothing in `space` has an objective below `bound`."""
+
+    status: Literal["optimal", "feasible"]
+    objective: float
+    bound: float
+    seconds: float
+    unit: str
+    space: str
+    assignment: Mapping[str, int]
+    stages: tuple[SolvedStage, ...]
+
+    @property
+    def gap(self) -> float:
+        return self.objective / self.bound - 1 if self.bound else float(self.objective > 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "objective": self.objective,
+            "bound": self.bound,
+            "gap": self.gap,
+            "unit": self.unit,
+            "seconds": self.seconds,
+            "assignment": dict(self.assignment),
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+
+def solve_file(
+    path: Path, *, stages: int | None = None, progress: Say = lambda message: None
+) -> Solution:
+    """The best placement of a problem file, with as many stages as are best or as are asked for."""
+    if stages is not None and stages < 1:
+        raise UsageError(f"--stages {stages}: a pipeline has at least one stage")
+    started = time.monotonic()
+    problem = read_problem(path)
+    progress(f"placing {len(problem.blocks)} blocks")
+    return _solve_blocks(problem, stages, started)
+
+
+def _solve_blocks(problem: PlacementProblem, stages: int | None, started: float) -> Solution:
+    depths = None if stages is None else (stages,)
+    found = solve({problem.microbatch: problem}, depths=depths)
+    samples = problem.microbatch * found.width
+    return Solution(
+        status=found.status,
+        objective=1 / found.samples_per_s,
+        bound=1 / found.bound,
+        seconds=time.monotonic() - started,
+        unit="s per sample",
+        space=found.search_space,
+        assignment=found.stage_of_block,
+        stages=tuple(
+            SolvedStage(
+                load=stage.compute_s / samples,
+                memory=stage.total,
+                replicas=found.width,
+                device=problem.topology.device.name,
+            )
+            for stage in found.stages
+        ),
+    )
