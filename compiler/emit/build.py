@@ -445,17 +445,11 @@ class Builder:
         if frame.body.arguments:
             device = Attr(Ref(0), "device")
         else:
-            owned = (
-                node
-                for node in frame.region.nodes()
-                for node in self.layout.reads(node)
-                if node.op == "get_attr"
-            )
-            for node in owned:
-                expr = self.reference(frame, frame.region.path, node)
-                if isinstance(expr, Own):
-                    device = Attr(expr, "device")
-                    break
+            reads = (v for node in frame.region.nodes() for v in self.layout.reads(node))
+            owned = next((v for v in reads if v.op == "get_attr"), None)
+            if owned is not None:
+                kind = "parameters" if str(owned.target) in self.program.parameters else "buffers"
+                device = Attr(Raw(f"next(self.{kind}())"), "device")
 
         def placed(part: Node) -> Node:
             return device if isinstance(part, Device) else part

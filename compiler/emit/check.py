@@ -18,7 +18,7 @@ _IMPORTS = {
     "from torch import Tensor",
     "from torch import nn",
 }
-_BUILTINS = {"super", "range", "str", "tuple", "int", "float", "None"}
+_BUILTINS = {"super", "next", "range", "str", "tuple", "int", "float", "None"}
 
 
 def check(text: str) -> ast.Module:

@@ -31,6 +31,7 @@ from p2bw.compiler.program import TensorType
 
 _LENGTH = 72  # of an expression with others written into it
 _CALLS = 6
+_NAME = 16  # longer names leave less room for what they stand for
 
 
 @dataclass(slots=True)
@@ -192,7 +193,7 @@ class Function:
                 return inside.get(index, Ref(index))
 
             expr = with_refs(line.statement.expr, fill)
-            if count == 0 or self._is_readable(expr):
+            if count == 0 or self._is_readable(line.statement, expr):
                 break
             count -= 1
         rest = pending[: len(pending) - count]
@@ -204,7 +205,7 @@ class Function:
         new = _Line(replace(line.statement, expr=expr))
         return new, rest[:cut], rest[cut:]
 
-    def _is_readable(self, expr: Node) -> bool:
+    def _is_readable(self, statement: Statement, expr: Node) -> bool:
         """Whether an expression is short enough for one line."""
 
         def worded(part: Node) -> Node:
@@ -212,8 +213,13 @@ class Function:
                 return Raw(self.body.values[part.index].name or "value")
             return Raw(f"self.{part.path}") if isinstance(part, Own) else part
 
-        calls = sum(isinstance(part, Call) for part in walk(expr))
-        return calls <= _CALLS and len(flat(rebuild(expr, worded))) <= _LENGTH
+        if sum(isinstance(part, Call) for part in walk(expr)) > _CALLS:
+            return False
+        length = len(flat(rebuild(expr, worded)))
+        for target in statement.targets:
+            if target is not None:
+                length += max(0, len(self.body.values[target].name) - _NAME)
+        return length <= _LENGTH
 
     def _may_wait(self, line: _Line, uses: Counter[int]) -> bool:
         statement = line.statement
