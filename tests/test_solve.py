@@ -1,5 +1,6 @@
 """p2bw solve: problem files in, placements with proofs out."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def chain(tmp_path):
             TensorCost(
                 name=a + b, producer=a, consumers=(b,), bytes=1, gradient_bytes=1, saved=False
             )
-            for a, b in zip(names, names[1:], strict=False)
+            for a, b in itertools.pairwise(names)
         ),
         topology=topology(2),
     )

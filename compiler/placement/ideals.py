@@ -7,6 +7,7 @@ otherwise those along a few topological orders.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,13 @@ Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
+class Ordered(Protocol):
+    """Groups in a topological order."""
+
+    @property
+    def predecessors(self) -> tuple[tuple[int, ...], ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """Some ideals, by size; the first is empty and the last has all groups."""
@@ -26,19 +34,21 @@ class Family:
     complete: bool  # these are all ideals there are
 
 
-def make_family(instance: Instance, limit: int = MAX_IDEALS) -> Family:
+def make_family(instance: Ordered, limit: int = MAX_IDEALS) -> Family:
     """All ideals, or those along a few topological orders where there are more than `limit`."""
     found = _all_ideals(instance, limit)
     complete = found is not None
     if found is None:
         found = _along_orders(instance)
-    members = np.zeros((len(found), instance.size), bool)
-    for row, ideal in enumerate(sorted(found, key=lambda ideal: (ideal.bit_count(), ideal))):
-        members[row] = [ideal >> group & 1 for group in range(instance.size)]
+    size = len(instance.predecessors)
+    rows = sorted(found, key=lambda ideal: (ideal.bit_count(), ideal))
+    packed = b"".join(ideal.to_bytes(size // 8 + 1, "little") for ideal in rows)
+    bits = np.frombuffer(packed, np.uint8).reshape(len(rows), -1)
+    members = np.unpackbits(bits, axis=1, count=size, bitorder="little").astype(bool)
     return Family(members, complete)
 
 
-def _all_ideals(instance: Instance, limit: int) -> set[int] | None:
+def _all_ideals(instance: Ordered, limit: int) -> set[int] | None:
     """Breadth first, by adding one group whose predecessors are in; None beyond the limit."""
     needs = [sum(1 << p for p in found) for found in instance.predecessors]
     successors: list[list[int]] = [[] for _ in needs]
@@ -63,9 +73,9 @@ def _all_ideals(instance: Instance, limit: int) -> set[int] | None:
     return seen
 
 
-def _along_orders(instance: Instance) -> set[int]:
+def _along_orders(instance: Ordered) -> set[int]:
     """Prefixes of topological orders: as listed, depth first, and both from the back."""
-    size = instance.size
+    size = len(instance.predecessors)
     successors: list[list[int]] = [[] for _ in range(size)]
     for group, found in enumerate(instance.predecessors):
         for p in found:

@@ -1,0 +1,225 @@
+"""The best placement of a LoadProblem: a dynamic program over the ideals that can matter.
+
+    best[J, s] = min over ideals I < J of max(best[I, s less one device], load of J - I)
+
+with s = how many accelerators and CPUs stand before J. Ideals are taken by size, so each pair is
+priced once for all s. Against a placement already known, an ideal is dropped when what lies before
+it, or after it, is too much for the devices on that side; that leaves few.
+
+A tensor over the groups V is cut by J - I iff 0 < |V & (J - I)| < |V|. With n(I) = |V & I|,
+
+    cut = 1 - [n(I) = n(J)] - [n(I) = 0 and n(J) = |V|]
+
+is a matrix product of what is known of I and of J alone; sums of whole numbers, so exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from p2bw.compiler.placement.ideals import Family, Flags, Floats, make_family
+from p2bw.compiler.placement.instance import Numbers
+from p2bw.compiler.placement.loads import Device, LoadProblem, Loads, contract, judge_loads
+from p2bw.runtime.errors import InfeasibleError
+
+MAX_IDEALS = 60_000
+MAX_WORK = 3e11  # multiplications: more would take minutes
+
+Kind = Literal["accelerator", "cpu"]
+State = tuple[int, int]  # accelerators, CPUs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlacement:
+    """Devices in a row and the place of each node on it; no placement is below `bound`."""
+
+    objective: float
+    bound: float
+    place: tuple[int, ...]  # of each node
+    devices: tuple[Device, ...]
+    settled_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A placement of groups."""
+
+    busiest: float  # in steps
+    stages: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+
+
+def solve_loads(problem: LoadProblem, devices: int, cpus: int = 0) -> LoadPlacement:
+    """The placement on at most so many accelerators and CPUs whose busiest device is least so."""
+    loads = contract(problem)
+    few = _sweep(loads, make_family(loads, 0), (devices, cpus), np.inf)
+    family = make_family(loads, MAX_IDEALS)
+    best = few
+    if family.complete:
+        better = _sweep(loads, family, (devices, cpus), few.busiest if few else np.inf)
+        best = better or few
+    if best is None:
+        raise InfeasibleError(_explain(problem, devices))
+    place = loads.nodes_to_stages(best.stages)
+    objective, used = judge_loads(problem, place, best.kinds)
+    return LoadPlacement(
+        objective=objective,
+        bound=objective if family.complete else 0.0,
+        place=place,
+        devices=used,
+        settled_by=f"dynamic program over {len(family.members)} ideals",
+    )
+
+
+def _explain(problem: LoadProblem, devices: int) -> str:
+    largest = max(node.size for node in problem.nodes)
+    whole = sum(node.size for node in problem.nodes)
+    return (
+        f"no placement fits: {len(problem.nodes)} nodes of {whole:.6g} in all, the largest "
+        f"{largest:.6g}, on {devices} devices of {problem.memory:.6g}; offer more devices "
+        "(--stages) or more memory"
+    )
+
+
+class _Prices:
+    """Loads of the steps between ideals."""
+
+    def __init__(self, loads: Loads, members: Flags) -> None:
+        def sums(values: Numbers) -> Floats:
+            result: Floats = (members @ values).astype(np.float64)
+            return result
+
+        self.members = members.astype(np.float64)
+        self.missing = 1 - self.members
+        self.time, self.cpu_time = sums(loads.time), sums(loads.cpu_time)
+        self.size, self.unaccelerated = sums(loads.size), sums(loads.unaccelerated)
+        self.memory = loads.memory
+        self.link = np.zeros(len(members))  # what the link after an ideal carries
+        self.charged = loads.charge == "stages" and bool(loads.cuts)
+        if not loads.cuts:
+            return
+        cost = np.array([cost for _, cost in loads.cuts], np.float64)
+        inside = np.stack([members[:, ends].sum(axis=1) for ends, _ in loads.cuts], axis=1)
+        ends = np.array([len(ends) for ends, _ in loads.cuts])
+        if not self.charged:
+            self.link = ((inside > 0) & (inside < ends)) @ cost
+            return
+        self.total = float(cost.sum())
+        self.none = (inside == 0) @ cost
+        self.all = (inside == ends) @ cost
+        before, after, price = [inside == 0], [inside == ends], [cost]
+        for count in range(1, int(ends.max())):
+            some = ends > count
+            before.append(inside[:, some] == count)
+            after.append(inside[:, some] == count)
+            price.append(cost[some])
+        self.before = np.concatenate(before, axis=1).astype(np.float64)
+        self.after = np.concatenate(after, axis=1) * np.concatenate(price)
+
+    @property
+    def columns(self) -> int:
+        return self.members.shape[1] + (self.before.shape[1] if self.charged else 0)
+
+    def steps(self, source: Numbers, target: Numbers) -> tuple[Floats, Floats]:
+        """Loads of the steps from each source to each target, on an accelerator and on a CPU."""
+        outside = (self.members[source] @ self.missing[target].T) > 0
+        time = self.time[target] - self.time[source, None]
+        if self.charged:
+            time += self.total - self.none[target] - self.all[source, None]
+            time -= self.before[source] @ self.after[target].T
+        time[self.size[target] - self.size[source, None] > self.memory] = np.inf
+        time[self.unaccelerated[target] > self.unaccelerated[source, None]] = np.inf
+        cpu_time = self.cpu_time[target] - self.cpu_time[source, None]
+        time[outside] = cpu_time[outside] = np.inf
+        return time, cpu_time
+
+
+def _sweep(loads: Loads, family: Family, devices: State, upper: float) -> _Row | None:
+    """The best chain of a family's ideals, if its busiest device is below `upper` steps."""
+    open_ = _windows(loads, family.members, devices, upper)
+    kept = np.flatnonzero(open_.any(axis=(1, 2)))
+    members, open_ = family.members[kept], open_[kept]
+    if not len(kept) or members[0].any() or not members[-1].all():
+        return None
+    prices = _Prices(loads, members)
+    best = np.full(open_.shape, np.inf)
+    best[0, 0, 0] = 0.0
+    came = np.zeros((*open_.shape, 2), np.int32)  # from which ideal; 1: by a CPU
+    count = members.sum(axis=1)
+    starts = [*np.flatnonzero(np.diff(count, prepend=-1)).tolist(), len(members)]
+    for first, last in zip(starts[1:-1], starts[2:], strict=True):
+        target = np.arange(first, last)
+        reached = np.isfinite(best[:first]).any(axis=(1, 2))
+        near = prices.time[:first] > prices.time[first:last].min() - upper
+        if devices[1]:
+            near |= prices.cpu_time[:first] > prices.cpu_time[first:last].min() - upper
+        source = np.flatnonzero(reached & near)
+        steps = prices.steps(source, target)
+        for state in np.argwhere(open_[first:last].any(axis=0)).tolist():
+            for by_cpu in (0, 1):
+                _relax(best, came, source, target, steps[by_cpu], tuple(state), by_cpu)
+        np.maximum(best[first:last], prices.link[first:last, None, None], out=best[first:last])
+        best[first:last][~open_[first:last] | (best[first:last] >= upper)] = np.inf
+    return _backtrack(loads, members, best, came)
+
+
+def _relax(
+    best: Floats,
+    came: Numbers,
+    source: Numbers,
+    target: Numbers,
+    steps: Floats,
+    state: tuple[int, ...],
+    by_cpu: int,
+) -> None:
+    """Reach the targets in a state from the sources with one device less."""
+    earlier = (state[0] - (1 - by_cpu), state[1] - by_cpu)
+    if min(earlier) < 0 or not len(source):
+        return
+    here = np.isfinite(best[source, *earlier])
+    if not here.any():
+        return
+    source, steps = source[here], steps[here]
+    busiest = np.maximum(best[source, *earlier][:, None], steps)
+    choice = busiest.argmin(axis=0)
+    found = busiest[choice, np.arange(len(target))]
+    better = found < best[target, *state]
+    best[target[better], *state] = found[better]
+    came[target[better], *state] = np.stack(
+        [source[choice[better]], np.full(better.sum(), by_cpu)], axis=1
+    )
+
+
+def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flags:
+    """Ideal x accelerators x CPUs before it: those that fit below `upper` on both sides."""
+    used = np.arange(devices[0] + 1)[:, None], np.arange(devices[1] + 1)
+    if upper == np.inf:
+        return np.ones((len(members), devices[0] + 1, devices[1] + 1), bool)
+    # A CPU does as much as `upper` allows of what it is best at.
+    apt = loads.time[loads.cpu_time > 0] / loads.cpu_time[loads.cpu_time > 0]
+    free = int(loads.time[loads.cpu_time == 0].sum())
+    cpu = upper * apt.max(initial=0.0) + free
+    room = used[0] * upper + used[1] * cpu
+    left = (devices[0] - used[0]) * upper + (devices[1] - used[1]) * cpu
+    before = (members @ loads.time)[:, None, None]
+    result: Flags = (before <= room) & (int(loads.time.sum()) - before <= left)
+    return result
+
+
+def _backtrack(loads: Loads, members: Flags, best: Floats, came: Numbers) -> _Row | None:
+    ideal = len(members) - 1
+    state = np.unravel_index(int(best[ideal].argmin()), best[ideal].shape)
+    busiest = float(best[ideal][state])
+    if busiest == np.inf:
+        return None
+    accelerators, cpus = map(int, state)
+    stages = np.zeros(members.shape[1], np.int64)
+    kinds: list[Kind] = []
+    while ideal:
+        ideal, by_cpu = map(int, came[ideal, accelerators, cpus])
+        accelerators, cpus = accelerators - (1 - by_cpu), cpus - by_cpu
+        stages += ~members[ideal]
+        kinds.append("cpu" if by_cpu else "accelerator")
+    return _Row(busiest, tuple((stages - 1).tolist()), tuple(kinds[::-1]))
