@@ -4,15 +4,15 @@ import argparse
 import os
 import sys
 import traceback
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from p2bw.runtime.errors import P2BWError, ResourceError
+from p2bw.runtime.job import Job, Options
 from p2bw.runtime.launch import record_failure
-from p2bw.runtime.rank import Options, Place, connect, find_place, run_rank
-from p2bw.runtime.train import Job
+from p2bw.runtime.rank import Place, Store, connect, find_place, run_rank
 from p2bw.runtime.transport import PeerError
 
 
@@ -44,30 +44,16 @@ def _parse() -> tuple[Job, Options]:
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights")
     parser.add_argument("--result", type=Path, metavar="FILE", help="write losses and speed")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--timeout", type=float, default=120, metavar="S", help="to wait for peers")
+    parser.add_argument("--timeout", type=float, dest="timeout_s", metavar="S", default=120)
     parser.add_argument("--threads", type=int, help="of each rank; torchrun's default is 1")
     parser.add_argument("--quiet", action="store_true", help="no lines of progress")
     given = parser.parse_args()
-    job = Job(
-        artifact=given.artifact,
-        steps=given.steps,
-        seed=given.seed,
-        schedule=given.schedule,
-        microbatches=given.microbatches,
-        model=given.model,
-    )
-    options = Options(
-        device=given.device,
-        timeout_s=given.timeout,
-        threads=given.threads,
-        save=given.save,
-        result=given.result,
-        quiet=given.quiet,
-    )
+    job = Job(**{field.name: getattr(given, field.name) for field in fields(Job)})
+    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     return job, options
 
 
-def _fail(error: Exception, place: Place, store: dist.Store) -> None:
+def _fail(error: Exception, place: Place, store: Store) -> None:
     """Say once, for all ranks, what failed first; then leave at once, as peers may never answer."""
     known = isinstance(error, P2BWError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
@@ -79,7 +65,7 @@ def _fail(error: Exception, place: Place, store: dist.Store) -> None:
     os._exit(error.exit_code if isinstance(error, P2BWError) else 1)
 
 
-def _is_news(error: Exception, message: str, store: dist.Store) -> bool:
+def _is_news(error: Exception, message: str, store: Store) -> bool:
     """False for what follows from another rank's failure, and for what another has said."""
     try:
         if store.add("failures", 1) == 1:

@@ -154,11 +154,16 @@ class Compute:
         """Autograd may give an argument and a parameter gradients that share memory, and the
         parameter's is added to while the argument's is still being sent."""
         leaves = self.weights.leaves(version).values()
-        owned = {leaf.grad.untyped_storage().data_ptr() for leaf in leaves if leaf.grad is not None}
+        owned = {_place(leaf.grad) for leaf in leaves if leaf.grad is not None}
         return {
-            name: gradient.clone() if gradient.untyped_storage().data_ptr() in owned else gradient
+            name: gradient.clone() if _place(gradient) in owned else gradient
             for name, gradient in gradients.items()
         }
+
+
+def _place(gradient: Tensor) -> int | None:
+    """Where the gradient's memory begins; a sparse one's is shared with nobody."""
+    return gradient.untyped_storage().data_ptr() if gradient.layout is torch.strided else None
 
 
 def _edges(results: Mapping[str, Tensor]) -> dict[str, GradientEdge]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +38,15 @@ class Feed:
             return ()
         wanted = index * self.plan.width + self.replica
         assert wanted >= self.next_item
+        item: tuple[Any, Any] = (None, None)
         with self._own_generator():
             while self.next_item <= wanted:
-                item = next(self.items, None)
-                if item is None:
+                if (found := next(self.items, None)) is None:
                     raise UsageError(
                         f"data() ended after {self.next_item} microbatches, the run needs more; "
                         f"ask for fewer --steps, or let data() start anew"
                     )
-                self.next_item += 1
+                self.next_item, item = self.next_item + 1, found
         tensors = self._checked(flatten_microbatch(*item))
         return tuple(tensors[name].to(self.device) for name in self.names)
 

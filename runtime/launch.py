@@ -6,47 +6,17 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from p2bw.runtime.errors import P2BWError
-from p2bw.runtime.train import Job, prepare
+from p2bw.runtime.job import Job, Options, command
+from p2bw.runtime.train import prepare
 
 FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
-
-
-def command(
-    job: Job,
-    ranks: int | str,
-    *,
-    device: str | None = None,
-    save: Path | None = None,
-    result: Path | None = None,
-    timeout_s: float | None = None,
-    threads: int | None = None,
-    quiet: bool = False,
-) -> list[str]:
-    """The torchrun line of a run on one machine."""
-    options = {
-        "--steps": job.steps,
-        "--seed": job.seed or None,
-        "--schedule": job.schedule,
-        "--microbatches": job.microbatches,
-        "--model": job.model,
-        "--device": device,
-        "--save": save,
-        "--result": result,
-        "--timeout": timeout_s,
-        "--threads": threads,
-    }
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), "-m", "p2bw.runtime", str(job.artifact)),
-        *(str(x) for pair in options.items() if pair[1] is not None for x in pair),
-        *(["--quiet"] if quiet else []),
-    ]
 
 
 def run(
@@ -59,7 +29,7 @@ def run(
     save: str | Path | None = None,
     device: str | None = None,
     model: str | Path | None = None,
-    timeout_s: float | None = None,
+    timeout_s: float = 120,
     threads: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -76,21 +46,18 @@ def run(
         model=Path(model) if model else None,
     )
     ranks = prepare(job).plan.ranks  # what is wrong with the files is said before anything starts
-    device = device or ("cuda" if torch.cuda.device_count() >= ranks else "cpu")
+    options = Options(
+        device=device or ("cuda" if torch.cuda.device_count() >= ranks else "cpu"),
+        timeout_s=timeout_s,
+        threads=threads,
+        save=Path(save) if save else None,
+        quiet=quiet,
+    )
     with tempfile.TemporaryDirectory(prefix="p2bw-run-") as scratch:
         result, failure = Path(scratch, "result.json"), Path(scratch, "failure.json")
-        line = command(
-            job,
-            ranks,
-            device=device,
-            save=Path(save) if save else None,
-            timeout_s=timeout_s,
-            threads=threads,
-            quiet=quiet,
-        )
         if not quiet:
-            print(shlex.join(line), file=sys.stderr, flush=True)
-        status = _execute([*line, "--result", str(result)], failure)
+            print(shlex.join(command(job, options, ranks)), file=sys.stderr, flush=True)
+        status = _execute(command(job, replace(options, result=result), ranks), failure)
         if failure.exists():
             _raise(json.loads(failure.read_text(encoding="utf-8")))
         if status != 0 or not result.exists():

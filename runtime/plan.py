@@ -155,9 +155,9 @@ class _Fields:
         return value
 
     def many(self, key: str, kind: type[T]) -> tuple[T, ...]:
-        items = self.get(key, list)
+        items: list[Any] = self.get(key, list)
         for index, item in enumerate(items):
-            if type(item) is not kind or (kind is int and item < 0):
+            if type(item) is not kind or (isinstance(item, int) and item < 0):
                 raise _BadField(f"{self.path}{key}.{index} is {item!r}")
         return tuple(items)
 

@@ -6,30 +6,29 @@ import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from p2bw.runtime.artifact import digests
 from p2bw.runtime.errors import MismatchError, UsageError
-from p2bw.runtime.launch import command
+from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.report import Report, write_result
 from p2bw.runtime.save import prepare_folder, save_stage, write_index
-from p2bw.runtime.train import Job, Prepared, channel_specs, initial_stage, make_worker, prepare
+from p2bw.runtime.train import Prepared, channel_specs, initial_stage, make_worker, prepare
 from p2bw.runtime.transport import DistributedTransport, PeerError
 from p2bw.runtime.worker import Worker
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How a rank runs a job, besides what the job is."""
+class Store(Protocol):
+    """The keys and values that all ranks share: torch.distributed's store."""
 
-    device: str | None = None  # "cpu" or "cuda"; None: cuda where every rank has its own GPU
-    timeout_s: float = 120
-    threads: int | None = None
-    save: Path | None = None
-    result: Path | None = None
-    quiet: bool = False
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def add(self, key: str, amount: int) -> int: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def wait(self, keys: list[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +52,26 @@ def find_place(job: Job) -> Place:
             int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
     except KeyError as missing:
-        line = " ".join(command(job, ranks="N"))
+        line = " ".join(command(job, Options(), ranks="N"))
         raise UsageError(
             f"{missing} is not set: the ranks are started by torchrun, as in {line}"
         ) from None
 
 
-def connect(place: Place, timeout_s: float) -> dist.Store:
+def connect(place: Place, timeout_s: float) -> Store:
     """The store that torchrun's agent keeps for its workers."""
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
-    return dist.PrefixStore(f"p2bw/{place.attempt}", store)
+    shared: Store = dist.PrefixStore(f"p2bw/{place.attempt}", store)  # type: ignore[attr-defined]
+    return shared
 
 
-def run_rank(job: Job, options: Options, place: Place, store: dist.Store) -> None:
+def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     """Do one rank's part of a job, from reading the artifact to the last message."""
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -130,7 +130,7 @@ def choose_device(asked: str | None, place: Place) -> torch.device:
     return torch.device("cpu")
 
 
-def join(device: torch.device, timeout_s: float, place: Place, store: dist.Store) -> None:
+def join(device: torch.device, timeout_s: float, place: Place, store: Store) -> None:
     """Make the process group; on one machine its messages never leave the machine."""
     own_gpu = device.type == "cuda" and torch.cuda.device_count() >= place.local_world
     if place.local_world == place.world and "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -138,14 +138,14 @@ def join(device: torch.device, timeout_s: float, place: Place, store: dist.Store
             os.environ["GLOO_SOCKET_IFNAME"] = name
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore("group", store),  # type: ignore[attr-defined, arg-type]
         rank=place.rank,
         world_size=place.world,
         timeout=timedelta(seconds=timeout_s),
     )
 
 
-def compare_ranks(prepared: Prepared, place: Place, store: dist.Store) -> None:
+def compare_ranks(prepared: Prepared, place: Place, store: Store) -> None:
     """Refuse to start unless all ranks have the same artifact, model file, torch and options."""
     job = asdict(prepared.job)
     own = digests(prepared.job.artifact, prepared.plan) | {
@@ -168,7 +168,7 @@ def compare_ranks(prepared: Prepared, place: Place, store: dist.Store) -> None:
         raise MismatchError(verdict)
 
 
-def save(folder: Path, prepared: Prepared, worker: Worker, rank: int, store: dist.Store) -> None:
+def save(folder: Path, prepared: Prepared, worker: Worker, rank: int, store: Store) -> None:
     """Write the trained weights by the model's own names, each by the first stage that has it."""
     plan = prepared.plan
     stage, replica = plan.position(rank)
@@ -182,7 +182,7 @@ def save(folder: Path, prepared: Prepared, worker: Worker, rank: int, store: dis
         write_index(folder, [json.loads(store.get(f"written/{k}")) for k in range(plan.depth)])
 
 
-def gather_utilisation(worker: Worker, elapsed_s: float, place: Place, store: dist.Store) -> float:
+def gather_utilisation(worker: Worker, elapsed_s: float, place: Place, store: Store) -> float:
     """The share of the run in which the ranks computed, averaged over them; 0 but on rank 0."""
     store.set(f"busy/{place.rank}", repr(worker.clock.busy_s()))
     if place.rank != 0:
@@ -191,7 +191,7 @@ def gather_utilisation(worker: Worker, elapsed_s: float, place: Place, store: di
     return busy_s / (elapsed_s * place.world)
 
 
-def meet(place: Place, store: dist.Store, what: str) -> None:
+def meet(place: Place, store: Store, what: str) -> None:
     """Wait until all ranks have come this far."""
     store.set(f"{what}/{place.rank}", "")
     try:

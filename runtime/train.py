@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +12,13 @@ from torch import Tensor, nn
 from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
 from p2bw.runtime.check import check
 from p2bw.runtime.feed import Feed
+from p2bw.runtime.job import Job
 from p2bw.runtime.local import Hub, LocalTransport
 from p2bw.runtime.modelfile import ModelFile
 from p2bw.runtime.plan import Plan, TensorSpec, read_plan
 from p2bw.runtime.schedule import Channel, Flow, Pipeline, make_pipeline
 from p2bw.runtime.transport import Transport
 from p2bw.runtime.worker import Worker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is trained and how; the same on every rank."""
-
-    artifact: Path
-    steps: int
-    seed: int = 0
-    schedule: str | None = None  # the plan's
-    microbatches: int | None = None  # the plan's
-    model: Path | None = None  # the one that the plan names
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +125,8 @@ def train_in_threads(job: Job, device: torch.device | None = None) -> Trained:
         transport = LocalTransport(hub, stage, replica, plan.width)
         worker = make_worker(prepared, rank, module, device, transport, trained.report, alone)
         trained.workers.append(worker)
-    threads = [threading.Thread(target=_run, args=(w, hub)) for w in trained.workers]
+    count = torch.get_num_threads()
+    threads = [threading.Thread(target=_run, args=(w, hub, count)) for w in trained.workers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -148,7 +137,8 @@ def train_in_threads(job: Job, device: torch.device | None = None) -> Trained:
     return trained
 
 
-def _run(worker: Worker, hub: Hub) -> None:
+def _run(worker: Worker, hub: Hub, threads: int) -> None:
+    torch.set_num_threads(threads)  # new threads do not follow the main one
     try:
         worker.run()
     except BaseException as error:  # whatever it is: the caller raises it, the others stop

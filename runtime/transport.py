@@ -220,7 +220,9 @@ class _AllReduce:
             except RuntimeError as error:
                 raise PeerError(f"the sum over replicas failed: {_first_line(error)}") from None
             if parts:
-                for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+                for part, total in zip(
+                    parts, torch.split(flat, [p.numel() for p in parts]), strict=True
+                ):
                     part.copy_(total.view_as(part))
         self.pending.clear()
 
@@ -246,7 +248,8 @@ def _lane(channel: Channel) -> tuple[Flow, bool]:
 
 def _dense(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """The tensor with its dimensions in memory order, contiguous; and that order."""
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
     packed = tensor.permute(order)
     if packed.is_contiguous():
         return packed, order

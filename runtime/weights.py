@@ -36,6 +36,11 @@ class Weights:
         for _ in range(1, copies):
             self.sets.append({n: nn.Parameter(p.detach().clone()) for n, p in first.items()})
         self.plugged = 0
+        for version in reversed(range(copies)):
+            self.use(version)
+            for part in module.modules():
+                if isinstance(part, nn.RNNBase):
+                    part.flatten_parameters()  # cuDNN wants them side by side, in each version
 
     @property
     def names(self) -> tuple[str, ...]:

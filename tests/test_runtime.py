@@ -15,10 +15,11 @@ from p2bw.runtime.artifact import find_model_file
 from p2bw.runtime.check import ScheduleError
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.errors import MismatchError, UsageError
+from p2bw.runtime.job import Job
 from p2bw.runtime.local import LocalTransport
 from p2bw.runtime.plan import read_plan
 from p2bw.runtime.schedule import Pipeline
-from p2bw.runtime.train import Job, Trained, train_in_threads
+from p2bw.runtime.train import Trained, train_in_threads
 from p2bw.runtime.weights import Updater, Weights
 from p2bw.runtime.worker import LossError, Worker
 
