@@ -136,7 +136,7 @@ class _Fields:
 
     def __init__(self, data: Any, path: str) -> None:
         if not isinstance(data, dict):
-            raise _BadField(f"{path or 'the file'} is no JSON object")
+            raise _BadField(f"{path.rstrip('.') or 'the file'} is no JSON object")
         self.data = data
         self.path = path
 
