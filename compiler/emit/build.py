@@ -7,7 +7,7 @@ from torch import fx
 
 from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
 from p2bw.compiler.emit.hints import base_name, call_name, name_queries, unpacked_names
-from p2bw.compiler.emit.leaves import Leaf, Match, match_leaf
+from p2bw.compiler.emit.leaves import BUFFERS, Leaf, Match, match_leaf
 from p2bw.compiler.emit.names import short_name
 from p2bw.compiler.emit.ops import Op, augmented, render
 from p2bw.compiler.emit.regions import Layout, Region
@@ -191,6 +191,11 @@ class Builder:
             self._unpack(frame, statement, node, unpacked_names(op, expr, frame.body))
         elif self.layout.last_use.get(node, -1) >= 0:
             statement.targets = (self._target(frame, node, base_name(op, expr, frame.body)),)
+            match expr:
+                case Call(Attr(Ref(), _), _, _):
+                    pass
+                case _:
+                    statement.augmented = ""  # the result needs a name of its own
         elif not isinstance(expr, Call):
             return  # nothing uses it and it does nothing
         frame.body.statements.append(statement)
@@ -363,7 +368,8 @@ class Builder:
             return True
         nodes = list(region.nodes())
         reads = [value for node in nodes for value in self.layout.reads(node)]
-        if not self._inputs(region) and all(value.op != "get_attr" for value in reads):
+        held = (str(value.target) for value in reads if value.op == "get_attr")
+        if not self._inputs(region) and all(name in self.program.constants for name in held):
             return True  # no tensor to tell the device by
         if any(
             self._below(region.path, i.path) is None for i in region.items if isinstance(i, Region)
@@ -445,11 +451,12 @@ class Builder:
         if frame.body.arguments:
             device = Attr(Ref(0), "device")
         else:
-            reads = (v for node in frame.region.nodes() for v in self.layout.reads(node))
-            owned = next((v for v in reads if v.op == "get_attr"), None)
-            if owned is not None:
-                kind = "parameters" if str(owned.target) in self.program.parameters else "buffers"
-                device = Attr(Raw(f"next(self.{kind}())"), "device")
+            for module in frame.module.walk():
+                names = {n: t.parameter for n, t in module.tensors.items()}
+                names |= {n: n not in BUFFERS for n in module.provides}
+                if names:
+                    kind = "parameters" if any(names.values()) else "buffers"
+                    device = Attr(Raw(f"next(self.{kind}())"), "device")
 
         def placed(part: Node) -> Node:
             return device if isinstance(part, Device) else part

@@ -98,7 +98,7 @@ class Match:
         if dtypes and dtypes != {torch.float32}:
             kwargs["dtype"] = Raw(repr(dtypes.pop()))
         constructor = Call(Raw(f"nn.{name}"), tuple(args), tuple(kwargs.items()))
-        frozen = {not self.trainable(t) for n, t in self.tensors.items() if n not in _BUFFERS}
+        frozen = {not self.trainable(t) for n, t in self.tensors.items() if n not in BUFFERS}
         self.require(len(frozen) <= 1)
         if frozen == {True}:
             constructor = method(constructor, "requires_grad_", Raw("False"))
@@ -106,7 +106,7 @@ class Match:
 
 
 _IRRELEVANT = {"cudnn_enable", "cudnn_enabled"}
-_BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
+BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
 def match_leaf(type_name: str, match: Match) -> Leaf | None:
@@ -338,6 +338,13 @@ def _numbers(target: str, *parameters: tuple[str, str, Any], inplace: bool = Fal
     return build
 
 
+def _relu6(name: str, m: Match) -> Leaf:
+    m.only("hardtanh.default", "hardtanh_.default")
+    m.require((m.get("min_val"), m.get("max_val")) == (0, 6))
+    kwargs: dict[str, Node] = {"inplace": Raw("True")} if "_." in m.op.name else {}
+    return m.leaf(name, (), kwargs, m.input("self"))
+
+
 def _prelu(name: str, m: Match) -> Leaf:
     m.only("prelu.default")
     (count,) = m.sure("weight").shape
@@ -465,7 +472,7 @@ _BUILDERS: dict[str, Builder] = {
         _dropout,
     ),
     "ReLU": _numbers("relu.default", inplace=True),
-    "ReLU6": _numbers("relu6.default", inplace=True),
+    "ReLU6": _relu6,
     "SiLU": _numbers("silu.default", inplace=True),
     "Mish": _numbers("mish.default", inplace=True),
     "SELU": _numbers("selu.default", inplace=True),

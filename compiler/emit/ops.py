@@ -232,7 +232,7 @@ def functional(op: Op, signature: Signature) -> Node | None:
     kwargs: list[tuple[str, Node]] = [(k, Raw(v)) for k, v in signature.constants]
     by_name = False
     for name, keyword in signature.arguments:
-        if name not in changed or op[name] is None:
+        if (name not in changed or op[name] is None) and keyword:
             by_name = True
         elif keyword and (by_name or keyword.startswith("=")):
             kwargs.append((keyword.removeprefix("="), _argument(op, name)))
@@ -386,6 +386,20 @@ def _flatten(op: Op) -> Node | None:
     return method(op.expr("self"), "flatten", *dims)
 
 
+def _clamp(op: Op) -> Node | None:
+    if op["min"] is not None and op["max"] is not None:
+        return None
+    side = "min" if op["max"] is None else "max"
+    return method(op.expr("self"), "clamp", **{side: op.expr(side)})
+
+
+def _roll(op: Op) -> Node | None:
+    if len(op["shifts"]) != 1 or len(op["dims"]) != 1:
+        return None
+    shift, dim = op.literal(op["shifts"][0], "shift"), op.literal(op["dims"][0], "dim")
+    return method(op.expr("self"), "roll", shift, dim)
+
+
 def _chunk(op: Op) -> Node | None:
     kwargs = {"dim": op.expr("dim")} if op["dim"] != 0 else {}
     return method(op.expr("self"), "chunk", op.expr("chunks"), **kwargs)
@@ -407,6 +421,8 @@ _SPECIAL: dict[str, Callable[[Op], Node | None]] = {
     "split.sizes": _split,
     "split_with_sizes.default": _split,
     "chunk.default": _chunk,
+    "clamp.default": _clamp,
+    "roll.default": _roll,
     "flatten.using_ints": _flatten,
     "to.dtype": _to,
     "to.dtype_layout": _to,
@@ -414,6 +430,7 @@ _SPECIAL: dict[str, Callable[[Op], Node | None]] = {
     "alias.default": lambda op: Index(op.expr("self"), (Raw(":"),)),
     "neg.default": lambda op: Unary("-", op.expr("self")),
     "bitwise_not.default": lambda op: Unary("~", op.expr("self")),
+    "mT.default": lambda op: Attr(op.expr("self"), "mT"),
     "numpy_T.default": lambda op: Attr(op.expr("self"), "T"),
     "upsample_nearest1d.vec": _interpolate("nearest"),
     "upsample_nearest2d.vec": _interpolate("nearest"),

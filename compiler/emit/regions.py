@@ -80,8 +80,11 @@ def survey(program: Program) -> Survey:
 
 def _survey(program: Program) -> Survey:
     found = Survey({}, {}, {})
+    absorbed = {node for node in program.compute_nodes if _is_part_of_loss(program, node)}
     for node in program.compute_nodes:
-        if node.target is operator.getitem:
+        if node in absorbed or (node.target is operator.getitem and node.args[0] in absorbed):
+            found.same[node] = _broadcast_operand(node)
+        elif node.target is operator.getitem:
             producer, index = node.args
             assert isinstance(producer, fx.Node)
             assert isinstance(index, int)
@@ -99,6 +102,35 @@ def _survey(program: Program) -> Survey:
             extent.last = node.name
             extent.count += 1
     return found
+
+
+# Functions of torch.nn.functional that broadcast their two operands themselves.
+_BROADCASTING = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+
+
+def _is_part_of_loss(program: Program, node: fx.Node) -> bool:
+    """Whether a broadcast is what F.mse_loss and its like begin with, and changes no shape."""
+    if getattr(node.target, "_opname", "") != "broadcast_tensors":
+        return False
+    operands = tensor_arguments(node)
+    parts = sorted(node.users, key=lambda part: int(part.args[1]))  # type: ignore[call-overload]
+    if len(parts) != 2 or any(part.target is not operator.getitem for part in parts):
+        return False
+    kinds = [program.facts[n.name].out for n in (*operands, *parts)]
+    users = {user for part in parts for user in part.users}
+    if len({str(kind) for kind in kinds}) != 1 or len(users) != 1:
+        return False
+    (loss,) = users
+    return getattr(loss.target, "_opname", "") in _BROADCASTING and loss.args[:2] == tuple(parts)
+
+
+def _broadcast_operand(node: fx.Node) -> fx.Node:
+    if node.target is not operator.getitem:
+        return tensor_arguments(node)[0]
+    producer, index = node.args
+    assert isinstance(producer, fx.Node)
+    assert isinstance(index, int)
+    return tensor_arguments(producer)[index]
 
 
 def is_silent(node: fx.Node) -> bool:

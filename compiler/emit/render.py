@@ -207,7 +207,11 @@ class Writer:
                 return call("nn.ModuleList", each)
             return call("nn.ModuleList", Seq("[]", items))
         numbered = [int(name) for name in names if name.isdecimal()]
-        if alike and [str(i) for i in range(numbered[0], numbered[0] + len(names))] == names:
+        if (
+            alike
+            and numbered
+            and [str(i) for i in range(numbered[0], numbered[0] + len(names))] == names
+        ):
             span = f"range({numbered[0]}, {numbered[-1] + 1})"
             return call("nn.ModuleDict", Raw(f"{{str(i): {flat(items[0])} for i in {span}}}"))
         return call("nn.ModuleDict", Dict(tuple((quoted(n), e) for n, e in built)))

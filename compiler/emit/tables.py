@@ -173,6 +173,11 @@ FUNCTIONAL: dict[str, Signature] = {
     "huber_loss.default": _f("huber_loss", "self: target: reduction:=reduction delta:=delta"),
     "kl_div.default": _f("kl_div", "self: target: reduction:=reduction log_target:=log_target"),
     "soft_margin_loss.default": _f("soft_margin_loss", "self: target: reduction:=reduction"),
+    "linalg_vector_norm.default": _f(
+        "linalg.vector_norm",
+        "self: ord dim:=dim keepdim:=keepdim dtype:=dtype",
+        prefix="torch.",
+    ),
     **{
         name: _f(name.partition(".")[0], arguments, prefix="torch.")
         for name, arguments in (
@@ -196,6 +201,8 @@ FUNCTIONAL: dict[str, Signature] = {
             ("maximum.default", "self: other:"),
             ("min.other", "self: other:"),
             ("max.other", "self: other:"),
+            ("real.default", "self:"),
+            ("imag.default", "self:"),
             ("complex.default", "real: imag:"),
             ("polar.default", "abs: angle:"),
             ("view_as_complex.default", "self:"),
