@@ -284,6 +284,9 @@ def solve_command(
     stages: Annotated[
         int | None, typer.Option(help="How many stages.  [searched, or the file's]")
     ] = None,
+    cpus: Annotated[
+        int, typer.Option(help="CPUs that may be stages too, if the file has their times.")
+    ] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -295,7 +298,7 @@ def solve_command(
         from p2bw.tables import print_solution
 
         with progress(quiet) as say:
-            solution = solve_file(file, stages=stages, progress=say)
+            solution = solve_file(file, stages=stages, cpus=cpus, progress=say)
         if as_json:
             _print_json(solution.to_json())
         elif not quiet:

@@ -79,7 +79,8 @@ def read_device_placement(text: bytes) -> LoadProblem:
         together=_classes(file),
         memory=file.memory,
         devices=file.accelerators,
-        unit="of the file's latencies",
+        timed_on_cpu=True,
+        unit="in the file's unit of time",
     )
 
 

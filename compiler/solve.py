@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from p2bw.compiler.placement import solve
-from p2bw.compiler.problem import PlacementProblem, read_problem
+from p2bw.compiler.placement.additive import solve_loads
+from p2bw.compiler.placement.loads import LoadProblem
+from p2bw.compiler.problem import PlacementProblem
+from p2bw.compiler.readers import read_any
 from p2bw.runtime.errors import UsageError
 
 Say = Callable[[str], None]
@@ -54,15 +57,32 @@ class Solution:
 
 
 def solve_file(
-    path: Path, *, stages: int | None = None, progress: Say = lambda message: None
+    path: Path,
+    *,
+    stages: int | None = None,
+    cpus: int = 0,
+    progress: Say = lambda message: None,
 ) -> Solution:
-    """The best placement of a problem file, with as many stages as are best or as are asked for."""
+    """The best placement of a problem file, and the proof.
+
+    Without `stages`, a PlacementProblem is solved at every depth and another format at as many as
+    the file has devices; with it, a PlacementProblem at that depth, another at no more than that.
+    """
     if stages is not None and stages < 1:
         raise UsageError(f"--stages {stages}: a pipeline has at least one stage")
+    if cpus < 0:
+        raise UsageError(f"--cpus {cpus}: less than none")
     started = time.monotonic()
-    problem = read_problem(path)
-    progress(f"placing {len(problem.blocks)} blocks")
-    return _solve_blocks(problem, stages, started)
+    problem = read_any(path)
+    if cpus and not (isinstance(problem, LoadProblem) and problem.timed_on_cpu):
+        raise UsageError(f"--cpus {cpus}: {path} does not say how long blocks take on a CPU")
+    if isinstance(problem, PlacementProblem):
+        progress(f"placing {len(problem.blocks)} blocks")
+        return _solve_blocks(problem, stages, started)
+    if stages is None and problem.devices is None:
+        raise UsageError(f"{path} does not say how many devices there are; give --stages")
+    progress(f"placing {len(problem.nodes)} nodes")
+    return _solve_loads(problem, stages or problem.devices or 1, cpus, started)
 
 
 def _solve_blocks(problem: PlacementProblem, stages: int | None, started: float) -> Solution:
@@ -85,5 +105,24 @@ def _solve_blocks(problem: PlacementProblem, stages: int | None, started: float)
                 device=problem.topology.device.name,
             )
             for stage in found.stages
+        ),
+    )
+
+
+def _solve_loads(problem: LoadProblem, devices: int, cpus: int, started: float) -> Solution:
+    found = solve_loads(problem, devices, cpus)
+    names = [node.name for node in problem.nodes]
+    beside = f" and {cpus} CPUs" if cpus else ""
+    return Solution(
+        status="optimal" if found.bound >= found.objective else "feasible",
+        objective=found.objective,
+        bound=found.bound,
+        seconds=time.monotonic() - started,
+        unit=problem.unit,
+        space=f"1..{devices} accelerators{beside} in a row: {found.settled_by}",
+        assignment=dict(zip(names, found.place, strict=True)),
+        stages=tuple(
+            SolvedStage(load=device.load, memory=device.memory, replicas=1, device=device.kind)
+            for device in found.devices
         ),
     )

@@ -9,22 +9,28 @@ it, or after it, is too much for the devices on that side; that leaves few.
 A tensor over the groups V is cut by J - I iff 0 < |V & (J - I)| < |V|. With n(I) = |V & I|,
 
     cut = 1 - [n(I) = n(J)] - [n(I) = 0 and n(J) = |V|]
+        = 1 - [n(J) = 0] - [n(J) = 1] - [n(I) = |V|]
+            - [n(I) = 0] ([n(J) = |V|] - [n(J) = 1]) - sum of [n(I) = i] [n(J) = i], 1 < i < |V|
 
 is a matrix product of what is known of I and of J alone; sums of whole numbers, so exact.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
+from p2bw.compiler.placement.contract import Loads, contract
 from p2bw.compiler.placement.ideals import Family, Flags, Floats, make_family
 from p2bw.compiler.placement.instance import Numbers
-from p2bw.compiler.placement.loads import Device, LoadProblem, Loads, contract, judge_loads
+from p2bw.compiler.placement.loads import Device, LoadProblem, judge_loads
 from p2bw.runtime.errors import InfeasibleError
 
 MAX_IDEALS = 60_000
+BATCH = 128  # ideals priced at once, at least
 MAX_WORK = 3e11  # multiplications: more would take minutes
 
 Kind = Literal["accelerator", "cpu"]
@@ -74,11 +80,15 @@ def solve_loads(problem: LoadProblem, devices: int, cpus: int = 0) -> LoadPlacem
 
 
 def _explain(problem: LoadProblem, devices: int) -> str:
-    largest = max(node.size for node in problem.nodes)
-    whole = sum(node.size for node in problem.nodes)
+    """Why nothing fits: on a CPU everything would, so none was offered."""
+    for node in problem.nodes:
+        if not node.accelerated:
+            return f"node {node.name} runs only on a CPU; offer one (--cpus 1)"
+    sizes = tuple(replace(node, time=node.size, size=0.0) for node in problem.nodes)
+    fullest = solve_loads(replace(problem, nodes=sizes, transfers=(), memory=math.inf), devices)
     return (
-        f"no placement fits: {len(problem.nodes)} nodes of {whole:.6g} in all, the largest "
-        f"{largest:.6g}, on {devices} devices of {problem.memory:.6g}; offer more devices "
+        f"no placement fits: the fullest of {devices} devices has to hold "
+        f"{fullest.bound:.6g}, and can hold only {problem.memory:.6g}; offer more devices "
         "(--stages) or more memory"
     )
 
@@ -91,7 +101,7 @@ class _Prices:
             result: Floats = (members @ values).astype(np.float64)
             return result
 
-        self.members = members.astype(np.float64)
+        self.members = members.astype(np.float32)
         self.missing = 1 - self.members
         self.time, self.cpu_time = sums(loads.time), sums(loads.cpu_time)
         self.size, self.unaccelerated = sums(loads.size), sums(loads.unaccelerated)
@@ -106,17 +116,15 @@ class _Prices:
         if not self.charged:
             self.link = ((inside > 0) & (inside < ends)) @ cost
             return
-        self.total = float(cost.sum())
-        self.none = (inside == 0) @ cost
+        self.late = (inside > 1) @ cost
         self.all = (inside == ends) @ cost
-        before, after, price = [inside == 0], [inside == ends], [cost]
-        for count in range(1, int(ends.max())):
+        before, after = [inside == 0], [((inside == ends) * 1.0 - (inside == 1)) * cost]
+        for count in range(2, int(ends.max())):
             some = ends > count
             before.append(inside[:, some] == count)
-            after.append(inside[:, some] == count)
-            price.append(cost[some])
+            after.append((inside[:, some] == count) * cost[some])
         self.before = np.concatenate(before, axis=1).astype(np.float64)
-        self.after = np.concatenate(after, axis=1) * np.concatenate(price)
+        self.after = np.concatenate(after, axis=1)
 
     @property
     def columns(self) -> int:
@@ -127,7 +135,7 @@ class _Prices:
         outside = (self.members[source] @ self.missing[target].T) > 0
         time = self.time[target] - self.time[source, None]
         if self.charged:
-            time += self.total - self.none[target] - self.all[source, None]
+            time += self.late[target] - self.all[source, None]
             time -= self.before[source] @ self.after[target].T
         time[self.size[target] - self.size[source, None] > self.memory] = np.inf
         time[self.unaccelerated[target] > self.unaccelerated[source, None]] = np.inf
@@ -147,49 +155,62 @@ def _sweep(loads: Loads, family: Family, devices: State, upper: float) -> _Row |
     best = np.full(open_.shape, np.inf)
     best[0, 0, 0] = 0.0
     came = np.zeros((*open_.shape, 2), np.int32)  # from which ideal; 1: by a CPU
+    for levels in _batches(members):
+        target = np.arange(levels[0], levels[-1])
+        near = prices.time[: levels[-1]] > prices.time[target].min() - upper
+        if devices[1]:
+            near |= prices.cpu_time[: levels[-1]] > prices.cpu_time[target].min() - upper
+        near[: levels[0]] &= np.isfinite(best[: levels[0]]).any(axis=(1, 2))
+        source = np.flatnonzero(near)
+        steps = prices.steps(source, target)
+        for first, last in pairwise(levels):
+            rows, columns = source < first, slice(first - levels[0], last - levels[0])
+            here = [busy[rows, columns] for busy in steps]
+            for state in np.argwhere(open_[first:last].any(axis=0)).tolist():
+                for by_cpu in (0, 1):
+                    _relax(best, came, source[rows], first, here[by_cpu], tuple(state), by_cpu)
+            found = best[first:last]
+            np.maximum(found, prices.link[first:last, None, None], out=found)
+            found[~open_[first:last] | (found >= upper)] = np.inf
+    return _backtrack(loads, members, best, came)
+
+
+def _batches(members: Flags) -> Iterator[list[int]]:
+    """Where each size of ideal starts and the last ends, in batches; the empty ideal is in none."""
     count = members.sum(axis=1)
     starts = [*np.flatnonzero(np.diff(count, prepend=-1)).tolist(), len(members)]
-    for first, last in zip(starts[1:-1], starts[2:], strict=True):
-        target = np.arange(first, last)
-        reached = np.isfinite(best[:first]).any(axis=(1, 2))
-        near = prices.time[:first] > prices.time[first:last].min() - upper
-        if devices[1]:
-            near |= prices.cpu_time[:first] > prices.cpu_time[first:last].min() - upper
-        source = np.flatnonzero(reached & near)
-        steps = prices.steps(source, target)
-        for state in np.argwhere(open_[first:last].any(axis=0)).tolist():
-            for by_cpu in (0, 1):
-                _relax(best, came, source, target, steps[by_cpu], tuple(state), by_cpu)
-        np.maximum(best[first:last], prices.link[first:last, None, None], out=best[first:last])
-        best[first:last][~open_[first:last] | (best[first:last] >= upper)] = np.inf
-    return _backtrack(loads, members, best, came)
+    levels = [starts[1]]
+    for start in starts[2:]:
+        levels.append(start)
+        if start - levels[0] >= BATCH or start == starts[-1]:
+            yield levels
+            levels = [start]
 
 
 def _relax(
     best: Floats,
     came: Numbers,
     source: Numbers,
-    target: Numbers,
+    first: int,
     steps: Floats,
     state: tuple[int, ...],
     by_cpu: int,
 ) -> None:
-    """Reach the targets in a state from the sources with one device less."""
+    """Reach the ideals from `first` on in a state, from the sources with one device less."""
     earlier = (state[0] - (1 - by_cpu), state[1] - by_cpu)
-    if min(earlier) < 0 or not len(source):
+    if min(earlier) < 0:
         return
-    here = np.isfinite(best[source, *earlier])
+    so_far = best[source, *earlier]
+    here = np.isfinite(so_far)
     if not here.any():
         return
-    source, steps = source[here], steps[here]
-    busiest = np.maximum(best[source, *earlier][:, None], steps)
+    busiest = np.maximum(so_far[here, None], steps[here])
     choice = busiest.argmin(axis=0)
-    found = busiest[choice, np.arange(len(target))]
-    better = found < best[target, *state]
-    best[target[better], *state] = found[better]
-    came[target[better], *state] = np.stack(
-        [source[choice[better]], np.full(better.sum(), by_cpu)], axis=1
-    )
+    found = busiest[choice, np.arange(len(choice))]
+    better = np.flatnonzero(found < best[first : first + len(found), *state])
+    best[first + better, *state] = found[better]
+    came[first + better, *state, 0] = source[here][choice[better]]
+    came[first + better, *state, 1] = by_cpu
 
 
 def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flags:

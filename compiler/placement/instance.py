@@ -132,7 +132,7 @@ def make_instance(problem: PlacementProblem) -> Instance:
         for consumer in tensor.consumers:
             edges[number[tensor.producer]].add(number[consumer])
     leader = _contract(edges, together)
-    order = topological(edges, leader)
+    order = _topological(edges, leader)
     groups = tuple(tuple(i for i, own in enumerate(leader) if own == first) for first in order)
     group_of = [order.index(own) for own in leader] if together else _inverse(order)
 
@@ -203,7 +203,7 @@ def _contract(edges: dict[int, set[int]], together: list[list[int]]) -> list[int
     return leader
 
 
-def topological(edges: dict[int, set[int]], leader: list[int]) -> list[int]:
+def _topological(edges: dict[int, set[int]], leader: list[int]) -> list[int]:
     """The leaders, as close to the order of the blocks as their edges allow."""
     successors: dict[int, set[int]] = {own: set() for own in leader}
     for u, found in edges.items():
