@@ -90,6 +90,11 @@ def annotate_autograd(program: Program) -> Program:
                 results[node.name] = _Result((value,), 0, (None,))
     return program.learn(
         "annotate_autograd",
+        # The trace's own shapes of a recurrent layer's states are wrong in some versions of torch.
+        out={
+            n: tuple(TensorType(v.meta.shape, v.meta.dtype) for v in r.values)
+            for n, r in results.items()
+        },
         strides={n: tuple(v.meta.stride for v in r.values) for n, r in results.items()},
         # Only now: a write in place can make a tensor need a gradient after it was made.
         requires_grad={

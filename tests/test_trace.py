@@ -462,10 +462,12 @@ def test_a_model_of_175_billion_parameters_takes_little_memory():
         from pathlib import Path
         from p2bw.compiler.trace import trace
         from p2bw.runtime.modelfile import load_model_file
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         settings = {"layers": 2, "width": 49152, "heads": 96}
         program = trace(load_model_file(Path(sys.argv[1]), "gpt3_175b", settings), 1)
         assert sum(p.type.bytes for p in program.parameters.values()) > 200 << 30
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 20, "more than 1 GiB"
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert after - before < 1 << 19, "more than 0.5 GiB"
     """
     path = ROOT / "examples" / "gpt.py"
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=200)
