@@ -1,21 +1,24 @@
 """From regions to modules: the user's hierarchy, rebuilt around the nodes of one stage."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import fx
 
+from p2bw.compiler.emit.attributes import Attributes, below, literal
 from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
 from p2bw.compiler.emit.hints import base_name, call_name, name_queries, unpacked_names
-from p2bw.compiler.emit.leaves import BUFFERS, Leaf, Match, match_leaf
+from p2bw.compiler.emit.idioms import augmented, render
+from p2bw.compiler.emit.leaf import BUFFERS, Leaf, Match
+from p2bw.compiler.emit.leaves import match_leaf
 from p2bw.compiler.emit.names import short_name
-from p2bw.compiler.emit.ops import Op, augmented, render
+from p2bw.compiler.emit.op import Op
 from p2bw.compiler.emit.regions import Layout, Region
-from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Tensor, Value
+from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Value
 from p2bw.compiler.program import TensorType
 
 RECURRENT = ("LSTM", "GRU", "RNN")
-LITERAL = 64  # constants of up to so many elements are written out
 
 
 @dataclass(slots=True)
@@ -39,7 +42,7 @@ class Builder:
         self.program = layout.program
         self.names = names  # of tensors at the stage's boundary
         self.root = Module("", Kind.CLASS, "Stage")
-        self.used: dict[str, dict[str, None]] = {}  # canonical name -> names used in this stage
+        self.attributes = Attributes(self.program)
 
     def build(self) -> Module:
         region = self.layout.root
@@ -61,14 +64,6 @@ class Builder:
         self._place(frame)
         self.root.bodies.append(body)
         return self.root
-
-    def ties(self) -> list[tuple[str, str]]:
-        """Names of one parameter that the stage uses under several: (name, the first of them)."""
-        found = []
-        for canonical, used in self.used.items():
-            first, *others = sorted(used, key=lambda name: name != canonical)
-            found += [(name, first) for name in others]
-        return found
 
     # Values.
 
@@ -106,50 +101,13 @@ class Builder:
     def reference(self, frame: _Frame, path: str, node: fx.Node) -> Node:
         value = self.layout.resolve(node)
         if value.op == "get_attr":
-            name = self._attribute_name(value, path)
-            below = self._below(frame.module.path, name)
-            if below is not None:
-                frame.module.hold(below, self._tensor(value))
-                self.used.setdefault(str(value.target), {})[name] = None
-                return Own(below)
+            name = self.attributes.name(value, path)
+            own = below(frame.module.path, name)
+            if own is not None:
+                frame.module.hold(own, self.attributes.tensor(value))
+                self.attributes.use(value, name)
+                return Own(own)
         return Ref(self._number(frame, value))
-
-    def _below(self, path: str, name: str) -> str | None:
-        """A qualified name relative to a module, None if it is not below it."""
-        if not path:
-            return name
-        return name.removeprefix(f"{path}.") if name.startswith(f"{path}.") else None
-
-    def _attribute_name(self, node: fx.Node, path: str) -> str:
-        """The name of a parameter that is nearest to the module that uses it."""
-        target = str(node.target)
-        if target in self.program.constants:
-            return target
-        here = path.split(".") if path else []
-
-        def shared(name: str) -> int:
-            owner = name.split(".")[:-1]
-            depth = 0
-            while depth < min(len(owner), len(here)) and owner[depth] == here[depth]:
-                depth += 1
-            return depth
-
-        return max(self.program.attribute(node).names, key=shared)
-
-    def _tensor(self, node: fx.Node) -> Tensor:
-        target = str(node.target)
-        if target in self.program.constants:
-            constant = self.program.constants[target]
-            kind = TensorType(tuple(constant.shape), constant.dtype)
-            values = literal(constant) if constant.numel() <= LITERAL else ""
-            return Tensor(kind, parameter=False, persistent=False, literal=values)
-        attribute = self.program.attribute(node)
-        return Tensor(
-            attribute.type,
-            parameter=target in self.program.parameters,
-            trainable=attribute.trainable,
-            persistent=attribute.persistent,
-        )
 
     # Statements.
 
@@ -173,10 +131,8 @@ class Builder:
             and str(op["self"].target) in self.program.constants
         ):
             constant = self.program.constants[str(op["self"].target)]
-            expr: Node = call(
-                "torch.tensor", Raw(literal(constant)), dtype=Raw(repr(constant.dtype))
-            )
-            expr = Call(expr.func, expr.args, (*expr.kwargs, ("device", Device())))
+            dtype = Raw(repr(constant.dtype))
+            expr: Node = call("torch.tensor", literal(constant), dtype=dtype, device=Device())
         else:
             expr = render(op)
         statement = Statement(
@@ -216,13 +172,13 @@ class Builder:
 
     def _region(self, frame: _Frame, region: Region) -> None:
         leaf = self._match(frame, region)
-        below = self._below(frame.module.path, region.path)
-        assert below is not None
-        known = frame.module.find(below)
+        path = below(frame.module.path, region.path)
+        assert path is not None
+        known = frame.module.find(path)
         if leaf is not None and self._fits(known, leaf):
-            self._leaf(frame, region, below, leaf)
+            self._leaf(frame, region, path, leaf)
         elif self._is_chain(region) and not (known and (known.bodies or known.children)):
-            self._sequential(frame, region, below)
+            self._sequential(frame, region, path)
         elif self._is_dissolved(frame, region, known):
             for item in region.items:
                 if isinstance(item, Region):
@@ -230,7 +186,7 @@ class Builder:
                 else:
                     self._operation(frame, region, item)
         else:
-            self._class(frame, region, below)
+            self._class(frame, region, path)
 
     def _match(self, frame: _Frame, region: Region) -> Leaf | None:
         """The torch.nn module that a region is, if it is one."""
@@ -243,41 +199,29 @@ class Builder:
         if len(contexts) != 1 or any(value not in last for value in outputs):
             return None
         ops = [Op(node, lambda _: Raw(""), self.layout.type) for node in nodes]
-        leaf = match_leaf(region.type_name, Match(ops, self._owner(region), self._is_trainable))
+        leaf = match_leaf(
+            region.type_name,
+            Match(ops, partial(self.attributes.owned, region.path), self.attributes.is_trainable),
+        )
         if leaf is None or (len(outputs) > 1 and region.class_name not in RECURRENT):
             return None
         return leaf
-
-    def _owner(self, region: Region) -> "_Owner":
-        return _Owner(self, region)
-
-    def owned(self, region: Region, node: fx.Node) -> str | None:
-        """The name that a parameter has in the module of a region, None for all other values."""
-        if node.op != "get_attr" or str(node.target) in self.program.constants:
-            return None
-        name = self._attribute_name(node, region.path)
-        owner, _, last = name.rpartition(".")
-        return last if owner == region.path else None
-
-    def _is_trainable(self, node: fx.Node) -> bool:
-        return self.program.attribute(node).trainable
 
     def _fits(self, known: Module | None, leaf: Leaf) -> bool:
         if known is None or known.kind is Kind.HOLDER:
             return not (known and known.children)
         return known.kind is Kind.LEAF and known.constructor == leaf.constructor
 
-    def _leaf(self, frame: _Frame, region: Region, below: str, leaf: Leaf) -> None:
-        module = frame.module.child(below)
+    def _leaf(self, frame: _Frame, region: Region, path: str, leaf: Leaf) -> None:
+        module = frame.module.child(path)
         module.kind, module.type_name = Kind.LEAF, region.type_name
         module.constructor, module.provides = leaf.constructor, leaf.provides
         module.tensors = {n: t for n, t in module.tensors.items() if n not in leaf.provides}
         nodes = list(region.nodes())
         for node in nodes:
             for argument in self.layout.reads(node):
-                if self.owned(region, argument) is not None:
-                    name = self._attribute_name(argument, region.path)
-                    self.used.setdefault(str(argument.target), {})[name] = None
+                if self.attributes.owned(region.path, argument) is not None:
+                    self.attributes.use(argument, self.attributes.name(argument, region.path))
         ref = self._ref(frame, region)
         args = tuple(
             Seq("()", tuple(map(ref, value))) if isinstance(value, tuple) else ref(value)
@@ -286,11 +230,11 @@ class Builder:
         last = nodes[-1]
         statement = Statement(
             (),
-            Call(Own(below), args),
+            Call(Own(path), args),
             self._context(frame, last),
             source=self.program.facts[last.name].source,
         )
-        name = call_name(below, module, args, self._type_of(last), frame.body)
+        name = call_name(path, module, args, self._type_of(last), frame.body)
         if region.class_name in RECURRENT:
             self._unpack(frame, statement, last, [name, "hidden", "cell"])
             statement.nested = region.class_name == "LSTM"
@@ -312,9 +256,9 @@ class Builder:
             if not isinstance(item, Region) or item.path in seen:
                 return False
             seen.add(item.path)
-            below = self._below(region.path, item.path)
+            name = below(region.path, item.path)
             inputs, outputs = self._inputs(item), self.layout.outputs(item)
-            if below is None or not below.isdigit() or len(inputs) != 1 or len(outputs) != 1:
+            if name is None or not name.isdecimal() or len(inputs) != 1 or len(outputs) != 1:
                 return False
             if before is not None and inputs != [before]:
                 return False
@@ -330,15 +274,14 @@ class Builder:
         for node in region.nodes():
             for value in self.layout.reads(node):
                 if value.op == "get_attr":
-                    name = self._attribute_name(value, region.path)
-                    if self._below(region.path, name) is None:
+                    if below(region.path, self.attributes.name(value, region.path)) is None:
                         found[value] = None
                 elif not region.begin <= self.layout.made.get(value, -1) < region.end:
                     found[value] = None
         return list(found)
 
-    def _sequential(self, frame: _Frame, region: Region, below: str) -> None:
-        module = frame.module.child(below)
+    def _sequential(self, frame: _Frame, region: Region, path: str) -> None:
+        module = frame.module.child(path)
         module.kind, module.type_name = Kind.SEQUENTIAL, region.type_name
         (source,) = self._inputs(region.items[0])  # type: ignore[arg-type]
         argument = self._ref(frame, region)(source)
@@ -346,10 +289,10 @@ class Builder:
         self._fill(inner)
         (output,) = self.layout.outputs(region)
         args = (argument,)
-        name = call_name(below, module, args, self._type_of(output), frame.body)
+        name = call_name(path, module, args, self._type_of(output), frame.body)
         statement = Statement(
             (self._target(frame, output, name),),
-            Call(Own(below), args),
+            Call(Own(path), args),
             self._context(frame, output),
         )
         frame.body.statements.append(statement)
@@ -371,9 +314,7 @@ class Builder:
         held = (str(value.target) for value in reads if value.op == "get_attr")
         if not self._inputs(region) and all(name in self.program.constants for name in held):
             return True  # no tensor to tell the device by
-        if any(
-            self._below(region.path, i.path) is None for i in region.items if isinstance(i, Region)
-        ):
+        if any(below(region.path, i.path) is None for i in region.items if isinstance(i, Region)):
             return True
         if frame.module.kind is Kind.SEQUENTIAL or (known and known.kind is Kind.CLASS):
             return False
@@ -381,10 +322,10 @@ class Builder:
             return True  # a container: its modules are called from outside
         # A function in the shape of a module, like an activation.
         bare = len(region.items) == 1 and isinstance(region.items[0], fx.Node)
-        return bare and all(self.owned(region, value) is None for value in reads)
+        return bare and all(self.attributes.owned(region.path, value) is None for value in reads)
 
-    def _class(self, frame: _Frame, region: Region, below: str) -> None:
-        module = frame.module.child(below)
+    def _class(self, frame: _Frame, region: Region, path: str) -> None:
+        module = frame.module.child(path)
         ambient = self._ambient(region)
         inner = _Frame(module, region, ambient, Body(path=region.path), frame)
         if module.kind is Kind.HOLDER:
@@ -401,10 +342,10 @@ class Builder:
         self._place(inner)
         number = self._method(module, inner.body)
         args = tuple(self.reference(frame, frame.region.path, v) for v in inner.arguments)
-        function: Node = Own(below) if number == 0 else Attr(Own(below), f"forward_{number + 1}")
+        function: Node = Own(path) if number == 0 else Attr(Own(path), f"forward_{number + 1}")
         names = [inner.body.values[r].name for r in inner.body.results]
         if len(outputs) == 1:
-            names = [call_name(below, module, args, self._type_of(outputs[0]), frame.body)]
+            names = [call_name(path, module, args, self._type_of(outputs[0]), frame.body)]
         context = tuple(
             map(
                 _with,
@@ -478,15 +419,6 @@ class _Reference:
         return self.builder.reference(self.frame, self.region.path, node)
 
 
-@dataclass(frozen=True, slots=True)
-class _Owner:
-    builder: Builder
-    region: Region
-
-    def __call__(self, node: fx.Node) -> str | None:
-        return self.builder.owned(self.region, node)
-
-
 def _number_below(region: Region, item: Region) -> bool:
     return item.path.removeprefix(f"{region.path}.").isdecimal()
 
@@ -504,16 +436,3 @@ def _with(context: str) -> Node:
     dtype = context.removeprefix("autocast(").removesuffix(")")
     assert isinstance(getattr(torch, dtype), torch.dtype)
     return call("torch.autocast", Attr(Device(), "type"), dtype=Raw(f"torch.{dtype}"))
-
-
-def literal(constant: torch.Tensor) -> str:
-    """A tensor's values as nested lists."""
-    return _listed(constant.detach().cpu().tolist())
-
-
-def _listed(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_listed, value))}]"
-    if isinstance(value, float) and not -1e308 <= value <= 1e308:
-        return "torch.nan" if value != value else "torch.inf" if value > 0 else "-torch.inf"
-    return repr(value)

@@ -272,7 +272,7 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
             opening, closing = "{", "}"
             items = [(f"{key}: ", value) for key, value in pairs]
         case Seq(brackets, seq) if seq:
-            opening, closing = brackets
+            opening, closing = brackets[0], brackets[1]
             items = [("", item) for item in seq]
         case Binary() if len(line) - len(prefix) + 4 <= WIDTH and prefix:
             return [

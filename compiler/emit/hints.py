@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from p2bw.compiler.emit.expr import Attr, Call, Index, Node, Own, Ref, refs
-from p2bw.compiler.emit.ops import Op
+from p2bw.compiler.emit.op import Op
 from p2bw.compiler.emit.tree import Body, Module, Statement, Value
 from p2bw.compiler.program import TensorType
 
@@ -88,10 +88,10 @@ def call_name(
     first = args[0] if args else None
     value = body.values[first.index] if isinstance(first, Ref) and first.index >= 0 else None
     numbered = not path.rpartition(".")[2].isidentifier()
-    alike = value is not None and value.type is not None and out is not None
-    transparent = _TRANSPARENT.search(last) or _TRANSPARENT.search(module.class_name)
-    if alike and transparent and value.type.dtype == out.dtype:
-        return value.hint
+    if value is not None and value.type is not None and out is not None:
+        transparent = _TRANSPARENT.search(last) or _TRANSPARENT.search(module.class_name)
+        if transparent and value.type.dtype == out.dtype:
+            return value.hint
     if numbered:
         return "x"
     return last.lower()

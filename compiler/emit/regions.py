@@ -113,7 +113,7 @@ def _is_part_of_loss(program: Program, node: fx.Node) -> bool:
     if getattr(node.target, "_opname", "") != "broadcast_tensors":
         return False
     operands = tensor_arguments(node)
-    parts = sorted(node.users, key=lambda part: int(part.args[1]))  # type: ignore[call-overload]
+    parts = sorted(node.users, key=lambda part: str(part.args[1]))
     if len(parts) != 2 or any(part.target is not operator.getitem for part in parts):
         return False
     kinds = [program.facts[n.name].out for n in (*operands, *parts)]

@@ -148,8 +148,8 @@ class Writer:
         dtype: dict[str, Node] = {}
         if str(tensor.type.dtype) != "torch.float32":
             dtype["dtype"] = Raw(str(tensor.type.dtype))
-        if tensor.literal:
-            value = call("torch.tensor", Raw(tensor.literal), dtype=Raw(str(tensor.type.dtype)))
+        if tensor.literal is not None:
+            value = call("torch.tensor", tensor.literal, dtype=Raw(str(tensor.type.dtype)))
         else:
             fill = "torch.empty" if tensor.parameter else "torch.zeros"
             value = call(fill, *(sizes or (Raw("()"),)), **dtype)

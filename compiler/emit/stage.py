@@ -23,7 +23,7 @@ def emit_stage(
     classes = classify(root)
     blocks = []
     for cls in classes.order:
-        ties = builder.ties() if cls.sample is root else ()
+        ties = builder.attributes.ties() if cls.sample is root else ()
         blocks.append("\n".join(Writer(classes, cls).text(ties)))
     code = "\n\n\n".join(blocks) + "\n"
     words = format_header(header) if isinstance(header, StageHeader) else header

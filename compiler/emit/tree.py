@@ -23,7 +23,7 @@ class Tensor:
     parameter: bool
     trainable: bool = True
     persistent: bool = True
-    literal: str = ""  # a constant's values; "": loaded by name
+    literal: Node | None = None  # a constant's values; None: loaded by name
 
 
 @dataclass(frozen=True, slots=True)
