@@ -23,21 +23,21 @@ def find_model_file(artifact: Path, model: Path | None = None) -> ModelFile:
     its bytes must be those that were compiled.
     """
     plan = read_plan(artifact)
-    copy = artifact / "source" / Path(plan.model_file).name
-    candidates = [model] if model else [Path(plan.model_file), copy]
+    copy = artifact / "source" / Path(plan.model.file).name
+    candidates = [model] if model else [Path(plan.model.file), copy]
     found = [path for path in candidates if path.is_file()]
     for path in found:
-        if hashlib.sha256(path.read_bytes()).hexdigest() == plan.model_sha256:
-            return load_model_file(path, plan.factory, plan.settings)
+        if hashlib.sha256(path.read_bytes()).hexdigest() == plan.model.sha256:
+            return load_model_file(path, plan.model.factory, plan.model.settings)
     if model and not found:
         return load_model_file(model)  # says what is wrong with the path
     if found:
         raise MismatchError(
             f"{found[0]} is not the file that {artifact} was compiled from "
-            f"(SHA-256 {plan.model_sha256[:12]}...); compile it anew"
+            f"(SHA-256 {plan.model.sha256[:12]}...); compile it anew"
         )
     raise MismatchError(
-        f"the model file {plan.model_file} of {artifact} is not here; give its place with --model"
+        f"the model file {plan.model.file} of {artifact} is not here; give its place with --model"
     )
 
 
@@ -119,9 +119,9 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
 
 def digests(artifact: Path, plan: Plan) -> dict[str, str]:
     """SHA-256 of every file that the ranks must have in common."""
-    found = {"plan.json": plan.sha256, "the model file": plan.model_sha256}
-    for stage in plan.stages:
-        path = stage_path(artifact, stage.index)
-        content = path.read_bytes() if path.is_file() else b""
-        found[f"stages/{path.name}"] = hashlib.sha256(content).hexdigest()
-    return found
+    paths = [artifact / "plan.json", *(stage_path(artifact, stage.index) for stage in plan.stages)]
+    return {
+        path.relative_to(artifact).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file()
+    }

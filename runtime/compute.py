@@ -37,7 +37,6 @@ class Compute:
         stage: Stage,
         module: nn.Module,
         weights: Weights,
-        *,
         seed: int,
         device: torch.device,
         loss_share: float,

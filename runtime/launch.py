@@ -14,7 +14,7 @@ import torch
 
 from p2bw.runtime.errors import P2BWError
 from p2bw.runtime.job import Job, Options, command
-from p2bw.runtime.train import prepare
+from p2bw.runtime.prepare import prepare
 
 FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
 

@@ -1,14 +1,18 @@
-"""The transport inside one process: every rank is a thread. For tests, and for one GPU."""
+"""All ranks as threads of one process, and the transport between them: for tests, and one GPU."""
 
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from p2bw.runtime.job import Job
+from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.schedule import Channel
 from p2bw.runtime.transport import Arrival, PeerError, Reduction
+from p2bw.runtime.worker import Worker
 
 
 class Hub:
@@ -50,7 +54,8 @@ class LocalTransport:
             self.hub.changed.notify_all()
 
     def receive(self, channel: Channel) -> Arrival:
-        return _Arrival(self.hub, self.hub.messages[self.replica, channel], str(channel))
+        with self.hub.changed:
+            return _Arrival(self.hub, self.hub.messages[self.replica, channel], str(channel))
 
     def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
         with self.hub.changed:
@@ -91,3 +96,47 @@ class _Sum:
             for replica in range(1, self.width):
                 total += self.given[replica][index]
             tensor.copy_(total)
+
+
+@dataclass(slots=True)
+class Trained:
+    """What a run in one process gives: losses by batch, and each rank's final state."""
+
+    losses: list[float] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+
+    def report(self, batch: int, loss: float) -> None:
+        self.losses.append(loss)
+
+
+def train_in_threads(job: Job, device: torch.device | None = None) -> Trained:
+    """Run all ranks of a job as threads of this process, over the in-process transport."""
+    prepared = prepare(job)
+    plan = prepared.plan
+    device = device or torch.device("cpu")
+    hub, trained, alone = Hub(), Trained(), threading.RLock()
+    for rank in range(plan.ranks):
+        stage, replica = plan.position(rank)
+        module = initial_stage(prepared, stage, device)
+        transport = LocalTransport(hub, stage, replica, plan.width)
+        worker = Worker(prepared, rank, module, device, transport, trained.report, alone)
+        trained.workers.append(worker)
+    count = torch.get_num_threads()
+    threads = [threading.Thread(target=_run, args=(w, hub, count)) for w in trained.workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if hub.failure is not None:
+        raise hub.failure
+    trained.states = [worker.final_state() for worker in trained.workers]
+    return trained
+
+
+def _run(worker: Worker, hub: Hub, threads: int) -> None:
+    torch.set_num_threads(threads)  # new threads do not follow the main one
+    try:
+        worker.run()
+    except BaseException as error:  # whatever it is: the caller raises it, the others stop
+        hub.fail(error)

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from p2bw.runtime.artifact import digests
 from p2bw.runtime.errors import MismatchError, UsageError
 from p2bw.runtime.job import Job, Options, command
+from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.report import Report, write_result
 from p2bw.runtime.save import prepare_folder, save_stage, write_index
-from p2bw.runtime.train import Prepared, channel_specs, initial_stage, make_worker, prepare
 from p2bw.runtime.transport import DistributedTransport, PeerError
 from p2bw.runtime.worker import Worker
 
@@ -114,7 +114,7 @@ def build(prepared: Prepared, rank: int, device: torch.device, report: Report) -
         device=device,
         replicas=[s.devices for s in plan.stages],
     )
-    return make_worker(prepared, rank, module, device, transport, report.update)
+    return Worker(prepared, rank, module, device, transport, report.update)
 
 
 def choose_device(asked: str | None, place: Place) -> torch.device:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from p2bw.runtime.train import Prepared
+from p2bw.runtime.prepare import Prepared
 
 _PAUSE_S = 1.0  # between two lines of progress
 

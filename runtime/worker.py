@@ -12,9 +12,10 @@ from p2bw.runtime.compute import Compute
 from p2bw.runtime.errors import MismatchError, ModelError
 from p2bw.runtime.feed import Feed
 from p2bw.runtime.plan import Plan
-from p2bw.runtime.schedule import Action, Channel, Flow, Kind, Pipeline, actions
+from p2bw.runtime.prepare import Prepared
+from p2bw.runtime.schedule import Action, Channel, Flow, Kind, actions
 from p2bw.runtime.transport import Arrival, Reduction, Transport
-from p2bw.runtime.weights import MakeOptimizer, MakeScheduler, Updater, Weights
+from p2bw.runtime.weights import Updater, Weights
 
 
 class LossError(ModelError):
@@ -26,54 +27,39 @@ class Worker:
 
     def __init__(
         self,
-        *,
-        plan: Plan,
-        pipeline: Pipeline,
-        stage: int,
-        replica: int,
+        prepared: Prepared,
+        rank: int,
         module: nn.Module,
-        make_optimizer: MakeOptimizer,
-        make_scheduler: MakeScheduler,
-        feed: Feed,
-        transport: Transport,
-        seed: int,
         device: torch.device,
-        on_update: Callable[[int, float], None] | None = None,
+        transport: Transport,
+        on_update: Callable[[int, float], None],
         alone: AbstractContextManager[object] | None = None,
     ) -> None:
-        """`on_update(batch, loss)` is called after each update, on the stage that reports losses.
-        `alone` is held while computing, where ranks share a process and its random generator."""
-        self.pipeline = pipeline
+        """On rank 0, `on_update(batch, loss)` is called after each update. `alone` is held while
+        computing, where ranks share a process and its random generator."""
+        plan, file, seed = prepared.plan, prepared.file, prepared.job.seed
+        stage, self.replica = plan.position(rank)
         self.stage = plan.stages[stage]
-        self.replica = replica
         self.width = plan.width
-        self.feed = feed
+        self.pipeline = prepared.pipeline
         self.transport = transport
-        self.device = device
-        self.on_update = on_update
+        self.on_update = on_update if rank == 0 else None
         self.alone = alone or nullcontext()
         self.clock = Clock(device)
-        self.reports = plan.position(0)[0] == stage
+        self.feed = Feed(plan, file, stage, self.replica, seed, device)
 
-        self.weights = Weights(module, pipeline.copies)
+        self.weights = Weights(module, self.pipeline.copies)
+        share = 1 / (self.pipeline.microbatches * self.width)
+        self.compute = Compute(self.stage, module, self.weights, seed, device, share)
         self.tied = _tied_parameters(plan, stage, module)  # canonical name -> name in the stage
-        trainable = self.weights.names
-        own = [name for name in trainable if name not in self.tied.values()]
-        tied = [name for name in trainable if name in self.tied.values()]
-        self.own = Updater(self.weights, own, make_optimizer, make_scheduler)
-        self.shared = Updater(self.weights, tied, make_optimizer, make_scheduler)
-        self.compute = Compute(
-            self.stage,
-            module,
-            self.weights,
-            seed=seed,
-            device=device,
-            loss_share=1 / (pipeline.microbatches * plan.width),
-        )
+        own = [name for name in self.weights.names if name not in self.tied.values()]
+        tied = [name for name in self.weights.names if name in self.tied.values()]
+        self.own = Updater(self.weights, own, file.optimizer, file.scheduler)
+        self.shared = Updater(self.weights, tied, file.optimizer, file.scheduler)
 
         self.inbound: dict[Flow, list[Channel]] = defaultdict(list)
         self.outbound: dict[Flow, list[Channel]] = defaultdict(list)
-        for channel in pipeline.channels:
+        for channel in self.pipeline.channels:
             if channel.target == stage:
                 self.inbound[channel.flow].append(channel)
             if channel.source == stage:
@@ -83,8 +69,8 @@ class Worker:
         self.arriving: dict[Channel, deque[Arrival]] = defaultdict(deque)
         self.leaving: dict[Channel, Tensor] = {}
         self.losses: list[Tensor] = []  # of the current batch's microbatches
-        self.loss: Tensor | None = None  # of the batch to be updated with
-        self.gradients: dict[str, Tensor] = {}  # of that batch
+        self.batch_losses: deque[Tensor] = deque()  # of whole batches, where they are reported
+        self.gradients: dict[str, Tensor] = {}  # of the batch to be updated with
         self.shares: dict[str, Tensor] = {}  # of those, the tied parameters', to be merged
         self.reduction: Reduction | None = None
 
@@ -160,16 +146,15 @@ class Worker:
                 f"of replica {self.replica}; that step changed no weights; a lower learning rate "
                 f"is the usual cure"
             )
-        self.loss = losses.sum() / (self.pipeline.microbatches * self.width)
+        loss = losses.sum() / (self.pipeline.microbatches * self.width)
         for channel in self.outbound[Flow.LOSS]:
-            self.leaving[channel] = self.loss
+            self.leaving[channel] = loss
+        if not self.outbound[Flow.LOSS]:  # it is reported here
+            self.batch_losses.append(loss)
 
     def _reduce(self, action: Action) -> None:
         self._collect(action.index)
-        tensors = list(self.gradients.values())
-        if self.reports:
-            assert self.loss is not None
-            tensors.append(self.loss)
+        tensors = [*self.gradients.values(), *list(self.batch_losses)[:1]]
         self.reduction = self.transport.reduce(tensors)
 
     def _collect(self, batch: int) -> None:
@@ -177,7 +162,7 @@ class Worker:
         version = self.pipeline.version(batch * self.pipeline.microbatches)
         self.gradients = self.weights.take_gradients(version)
         for channel in self.inbound[Flow.LOSS]:
-            self.loss = self._take(channel)
+            self.batch_losses.append(self._take(channel))
 
     def _update(self, action: Action) -> None:
         if self.reduction is None:
@@ -192,10 +177,10 @@ class Worker:
         self.gradients = {}
         for channel in self.outbound[Flow.TIED]:
             self.leaving[channel] = self.shares[channel.tensor]
-        if self.reports:
-            assert self.loss is not None
+        if self.batch_losses:
+            loss = self.batch_losses.popleft()
             if self.on_update is not None:
-                self.on_update(action.index, self.loss.item())
+                self.on_update(action.index, loss.item())
 
     def _merge(self, action: Action) -> None:
         """Add up the gradients of tied parameters, stage by stage: alike wherever they live."""

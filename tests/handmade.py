@@ -204,7 +204,6 @@ def write_artifact(
         "width": width,
         "microbatch": microbatch,
         "microbatches_per_update": microbatches or depth,
-        "utilisation": 0.9,
         "inputs": [
             {"name": "tokens", "shape": [microbatch, 5], "dtype": "int64"},
             {"name": "labels", "shape": [microbatch], "dtype": "int64"},

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from p2bw.runtime.job import Job
 from p2bw.runtime.launch import FAILURE_FILE
+from p2bw.runtime.prepare import prepare
 from p2bw.runtime.rank import build, connect, find_place, join, meet
 from p2bw.runtime.report import Report
-from p2bw.runtime.train import prepare
 
 
 def main() -> None:

@@ -10,16 +10,16 @@ from handmade import stage_of_block, write_artifact
 from reference import Reference
 from torch import Tensor, nn
 
-from p2bw.runtime import compute, train
+from p2bw.runtime import compute, prepare
 from p2bw.runtime.artifact import find_model_file
 from p2bw.runtime.check import ScheduleError
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.errors import MismatchError, UsageError
+from p2bw.runtime.feed import Feed
 from p2bw.runtime.job import Job
-from p2bw.runtime.local import LocalTransport
+from p2bw.runtime.local import LocalTransport, Trained, train_in_threads
 from p2bw.runtime.plan import read_plan
 from p2bw.runtime.schedule import Pipeline
-from p2bw.runtime.train import Trained, train_in_threads
 from p2bw.runtime.weights import Updater, Weights
 from p2bw.runtime.worker import LossError, Worker
 
@@ -40,7 +40,7 @@ def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
     file = find_model_file(job.artifact)
     torch.manual_seed(job.seed)
     apart = plan.depth > 1  # then a stage's part of the tied gradient is summed for itself
-    model = file.module.model(tied=not apart, **plan.settings).train()
+    model = file.module.model(tied=not apart, **plan.model.settings).train()
 
     def step(model: nn.Module, item: Any, enter: Callable[[int], None]) -> Tensor:
         model.enter = lambda block: enter(stage_of_block(block, plan.depth))  # type: ignore[assignment]
@@ -140,7 +140,7 @@ def use_the_newest_version(monkeypatch: pytest.MonkeyPatch) -> None:
         return microbatch // pipe.microbatches
 
     monkeypatch.setattr(Pipeline, "version", newest)
-    monkeypatch.setattr(train, "check", lambda pipeline: None)
+    monkeypatch.setattr(prepare, "check", lambda pipeline: None)
 
 
 def write_into_the_other_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,9 +222,9 @@ def test_the_schedule_check_notices_the_newest_version_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = write_artifact(tmp_path / "a", depth=2)
-    check = train.check
+    check = prepare.check
     use_the_newest_version(monkeypatch)
-    monkeypatch.setattr(train, "check", check)
+    monkeypatch.setattr(prepare, "check", check)
     with pytest.raises(ScheduleError):
         train_in_threads(Job(artifact=artifact, steps=4))
 
@@ -324,7 +324,7 @@ def test_data_that_draws_random_numbers_is_alike_on_all_stages(tmp_path: Path) -
     for stage, name in enumerate(("tokens", "labels")):
         torch.manual_seed(stage)
         plan = read_plan(artifact)
-        feed = train.Feed(plan, find_model_file(artifact), stage, 0, 0, torch.device("cpu"))
+        feed = Feed(plan, find_model_file(artifact), stage, 0, 0, torch.device("cpu"))
         seen[name] = [feed.microbatch(i)[0] for i in range(4)]
     for tokens, labels in zip(seen["tokens"], seen["labels"], strict=True):
         assert torch.equal(tokens.sum(1) % 11, labels)

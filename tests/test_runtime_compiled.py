@@ -18,9 +18,9 @@ from p2bw.compiler.trace import trace
 from p2bw.passes import pipeline, run_passes
 from p2bw.runtime.artifact import find_model_file
 from p2bw.runtime.job import Job
+from p2bw.runtime.local import Trained, train_in_threads
 from p2bw.runtime.modelfile import flatten_microbatch
 from p2bw.runtime.plan import Plan, read_plan
-from p2bw.runtime.train import Trained, train_in_threads
 
 
 class Whole(nn.Module):

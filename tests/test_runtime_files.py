@@ -22,12 +22,12 @@ Edit = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda plan: plan.pop("stages"), "stages should be of type list"),
+        (lambda plan: plan.pop("stages"), "stages should be tuple, is None"),
         (lambda plan: plan.update(schema=2), "schema 2 is not 1"),
-        (lambda plan: plan.update(depth="2"), "depth should be of type int, is '2'"),
+        (lambda plan: plan.update(depth="2"), "depth should be int, is '2'"),
         (lambda plan: plan.update(depth=3), "stages are not 0 to 2"),
-        (lambda plan: plan.update(width=True), "width should be of type int"),
-        (lambda plan: plan.update(width=0), "width is 0, less than 1"),
+        (lambda plan: plan.update(width=True), "width should be int, is True"),
+        (lambda plan: plan.update(width=0), "not every stage has 0 devices"),
         (lambda plan: plan.update(width=2), "not every stage has 2 devices"),
         (lambda plan: plan["stages"][1].update(devices=[0]), "devices are not the ranks 0 to 1"),
         (
@@ -36,13 +36,19 @@ Edit = Callable[[dict[str, Any]], object]
         ),
         (
             lambda plan: plan["stages"][1]["receives"].pop(),
-            "x0t is not sent by stage 0|x is not sent",
+            "what stage 0 sends is not what stage 1 receives",
         ),
         (lambda plan: plan["stages"][0]["results"].remove("x0t"), "results lack x0t"),
         (lambda plan: plan["stages"][1]["arguments"].reverse(), "are not its inputs and receives"),
-        (lambda plan: plan["stages"][0]["sends"][0].update(dtype="float33"), "no dtype of torch"),
-        (lambda plan: plan["stages"][0]["sends"][0].update(shape=[-1]), r"shape\.0 is -1"),
-        (lambda plan: plan["stages"].append(7), r"stages\.2 is no JSON object"),
+        (
+            lambda plan: plan["stages"][0]["sends"][0].update(dtype="float33"),
+            "sends.0.dtype should be dtype, is 'float33'",
+        ),
+        (
+            lambda plan: plan["stages"][0]["sends"][0].update(shape=[-1]),
+            r"sends\.0\.shape\.0 should be int, is -1",
+        ),
+        (lambda plan: plan["stages"].append(7), r"stages\.2 should be Stage, is 7"),
     ],
 )
 def test_a_damaged_plan_is_refused_by_the_name_of_its_field(

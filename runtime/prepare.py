@@ -1,0 +1,65 @@
+"""What a rank does before it meets the others: read, check and build."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
+from p2bw.runtime.check import check
+from p2bw.runtime.job import Job
+from p2bw.runtime.modelfile import ModelFile
+from p2bw.runtime.plan import Plan, TensorSpec, read_plan
+from p2bw.runtime.schedule import Channel, Flow, Pipeline, make_pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job whose files are read and whose schedule is proven."""
+
+    job: Job
+    plan: Plan
+    file: ModelFile
+    pipeline: Pipeline
+
+
+def prepare(job: Job) -> Prepared:
+    """Read and check all that needs no other rank."""
+    plan = read_plan(job.artifact)
+    pipeline = make_pipeline(
+        plan, batches=job.steps, schedule=job.schedule, microbatches=job.microbatches
+    )
+    check(pipeline)
+    return Prepared(job, plan, find_model_file(job.artifact, job.model), pipeline)
+
+
+def initial_stage(prepared: Prepared, stage: int, device: torch.device) -> nn.Module:
+    """A stage with the weights that the user's own code gives under the seed."""
+    torch.manual_seed(prepared.job.seed)
+    random.seed(prepared.job.seed)
+    model = prepared.file.model()
+    module = load_stage(prepared.job.artifact, stage)
+    copy_state(model, module)
+    return module.to(device)
+
+
+def channel_specs(prepared: Prepared, stage: int, module: nn.Module) -> dict[Channel, TensorSpec]:
+    """What the channels from and to a stage carry."""
+    plan = prepared.plan
+    tensors = {t.spec.name: t.spec for s in plan.stages for t in s.sends}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found = {}
+    for channel in prepared.pipeline.channels:
+        if stage not in (channel.source, channel.target):
+            continue
+        if channel.flow is Flow.LOSS:
+            spec = TensorSpec("loss", (), torch.float64)
+        elif channel.flow is Flow.TIED:
+            (tied,) = (t for t in plan.tied if t.names[0] == channel.tensor)
+            parameter = next(parameters[name] for name in tied.names if name in parameters)
+            spec = TensorSpec(channel.tensor, tuple(parameter.shape), parameter.dtype)
+        else:
+            spec = tensors[channel.tensor]
+        found[channel] = spec
+    return found
