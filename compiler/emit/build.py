@@ -15,6 +15,7 @@ from p2bw.compiler.emit.leaves import match_leaf
 from p2bw.compiler.emit.names import short_name
 from p2bw.compiler.emit.op import Op
 from p2bw.compiler.emit.regions import Layout, Region
+from p2bw.compiler.emit.shapes import Shapes
 from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Value
 from p2bw.compiler.program import TensorType
 
@@ -43,6 +44,7 @@ class Builder:
         self.names = names  # of tensors at the stage's boundary
         self.root = Module("", Kind.CLASS, "Stage")
         self.attributes = Attributes(self.program)
+        self.shapes = Shapes(layout, self.attributes)
 
     def build(self) -> Module:
         region = self.layout.root
@@ -177,9 +179,9 @@ class Builder:
         known = frame.module.find(path)
         if leaf is not None and self._fits(known, leaf):
             self._leaf(frame, region, path, leaf)
-        elif self._is_chain(region) and not (known and (known.bodies or known.children)):
+        elif self.shapes.is_chain(region) and not (known and (known.bodies or known.children)):
             self._sequential(frame, region, path)
-        elif self._is_dissolved(frame, region, known):
+        elif self.shapes.is_dissolved(region, frame.module, known):
             for item in region.items:
                 if isinstance(item, Region):
                     self._region(frame, item)
@@ -248,44 +250,12 @@ class Builder:
         out = self.program.facts[node.name].out
         return out[0] if out else None
 
-    def _is_chain(self, region: Region) -> bool:
-        """Whether a region is a Sequential's: each child called once, on what the last gave."""
-        before: fx.Node | None = None
-        seen = set()
-        for item in region.items:
-            if not isinstance(item, Region) or item.path in seen:
-                return False
-            seen.add(item.path)
-            name = below(region.path, item.path)
-            inputs, outputs = self._inputs(item), self.layout.outputs(item)
-            if name is None or not name.isdecimal() or len(inputs) != 1 or len(outputs) != 1:
-                return False
-            if before is not None and inputs != [before]:
-                return False
-            before = outputs[0]
-        if self.layout.outputs(region) != [before]:
-            return False
-        contexts = {self.program.facts[node.name].context for node in region.nodes()}
-        return len(contexts) == 1
-
-    def _inputs(self, region: Region) -> list[fx.Node]:
-        """What a region reads and neither makes nor owns, in the order of first use."""
-        found: dict[fx.Node, None] = {}
-        for node in region.nodes():
-            for value in self.layout.reads(node):
-                if value.op == "get_attr":
-                    if below(region.path, self.attributes.name(value, region.path)) is None:
-                        found[value] = None
-                elif not region.begin <= self.layout.made.get(value, -1) < region.end:
-                    found[value] = None
-        return list(found)
-
     def _sequential(self, frame: _Frame, region: Region, path: str) -> None:
         module = frame.module.child(path)
         module.kind, module.type_name = Kind.SEQUENTIAL, region.type_name
-        (source,) = self._inputs(region.items[0])  # type: ignore[arg-type]
+        (source,) = self.shapes.inputs(region.items[0])  # type: ignore[arg-type]
         argument = self._ref(frame, region)(source)
-        inner = _Frame(module, region, self._ambient(region), Body(), frame)
+        inner = _Frame(module, region, self.shapes.ambient(region), Body(), frame)
         self._fill(inner)
         (output,) = self.layout.outputs(region)
         args = (argument,)
@@ -297,42 +267,15 @@ class Builder:
         )
         frame.body.statements.append(statement)
 
-    def _ambient(self, region: Region) -> int:
-        """How many contexts all nodes of a region have in common."""
-        contexts = [self.program.facts[node.name].context for node in region.nodes()]
-        depth = 0
-        while all(len(c) > depth and c[depth] == contexts[0][depth] for c in contexts):
-            depth += 1
-        return depth
-
-    def _is_dissolved(self, frame: _Frame, region: Region, known: Module | None) -> bool:
-        """Whether a module call is better written out where it happens."""
-        if known is not None and known.kind in (Kind.LEAF, Kind.SEQUENTIAL):
-            return True
-        nodes = list(region.nodes())
-        reads = [value for node in nodes for value in self.layout.reads(node)]
-        held = (str(value.target) for value in reads if value.op == "get_attr")
-        if not self._inputs(region) and all(name in self.program.constants for name in held):
-            return True  # no tensor to tell the device by
-        if any(below(region.path, i.path) is None for i in region.items if isinstance(i, Region)):
-            return True
-        if frame.module.kind is Kind.SEQUENTIAL or (known and known.kind is Kind.CLASS):
-            return False
-        if all(isinstance(item, Region) and _number_below(region, item) for item in region.items):
-            return True  # a container: its modules are called from outside
-        # A function in the shape of a module, like an activation.
-        bare = len(region.items) == 1 and isinstance(region.items[0], fx.Node)
-        return bare and all(self.attributes.owned(region.path, value) is None for value in reads)
-
     def _class(self, frame: _Frame, region: Region, path: str) -> None:
         module = frame.module.child(path)
-        ambient = self._ambient(region)
+        ambient = self.shapes.ambient(region)
         inner = _Frame(module, region, ambient, Body(path=region.path), frame)
         if module.kind is Kind.HOLDER:
             module.kind, module.type_name = Kind.CLASS, region.type_name
             module.whole, module.opens, module.closes = region.whole, region.opens, region.closes
             module.source = next((self.program.facts[n.name].source for n in region.nodes()), "")
-        inputs, outputs = self._inputs(region), self.layout.outputs(region)
+        inputs, outputs = self.shapes.inputs(region), self.layout.outputs(region)
         for value in inputs:
             self._argument(inner, value, self._argument_name(frame, value, inputs, outputs))
         self._fill(inner)
@@ -417,10 +360,6 @@ class _Reference:
 
     def __call__(self, node: fx.Node) -> Node:
         return self.builder.reference(self.frame, self.region.path, node)
-
-
-def _number_below(region: Region, item: Region) -> bool:
-    return item.path.removeprefix(f"{region.path}.").isdecimal()
 
 
 def _is_float(kind: TensorType | None) -> bool:

@@ -7,7 +7,6 @@ that uses it only where Python evaluates it at the same point.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from p2bw.compiler.emit.expr import (
     WIDTH,
@@ -25,6 +24,7 @@ from p2bw.compiler.emit.expr import (
     walk,
     with_refs,
 )
+from p2bw.compiler.emit.loops import Line, find_loops
 from p2bw.compiler.emit.names import identifier
 from p2bw.compiler.emit.tree import Body, Module, Statement, Value
 from p2bw.compiler.program import TensorType
@@ -32,22 +32,6 @@ from p2bw.compiler.program import TensorType
 _LENGTH = 72  # of an expression with others written into it
 _CALLS = 6
 _NAME = 16  # longer names leave less room for what they stand for
-
-
-@dataclass(slots=True)
-class _Line:
-    """A statement with others written into it, or a loop over the modules of a container."""
-
-    statement: Statement
-    loop: str = ""  # what is looped over
-    variable: str = ""
-    start: int = -1  # the value that the loop starts with
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        contexts = (index for context in self.statement.context for index in refs(context))
-        start = (self.start,) if self.loop else ()
-        return (*refs(self.statement.expr), *contexts, *start)
 
 
 @dataclass(slots=True)
@@ -63,7 +47,7 @@ class Function:
 
     def lines(self, name: str) -> list[str]:
         """The method's lines, indented for a class."""
-        loops = self._loops()
+        loops = find_loops(self.body, self.module, self.resolve)
         for loop in loops:
             if loop.loop and loop.start >= self.body.arguments:
                 self.body.values[loop.start] = Value(None, "x")
@@ -87,74 +71,16 @@ class Function:
         body += self._return(results, shown)
         return [*signature, *(body or ["        pass"])]
 
-    # Loops.
-
-    def _loops(self) -> list[_Line]:
-        """Runs of calls of all modules of a container, each on what the last gave, as loops."""
-        statements = self.body.statements
-        uses = Counter(r for s in statements for r in refs(s.expr)) + Counter(self.body.results)
-        found: list[_Line] = []
-        position = 0
-        while position < len(statements):
-            run = self._run(statements, position, uses)
-            if run is None:
-                found.append(_Line(statements[position]))
-                position += 1
-            else:
-                found.append(run[0])
-                position += run[1]
-        return found
-
-    def _run(
-        self, statements: Sequence[Statement], begin: int, uses: Counter[int]
-    ) -> tuple[_Line, int] | None:
-        first = statements[begin]
-        container = _container(self.module, first)
-        if container is None:
-            return None
-        path, children = container
-        run = statements[begin : begin + len(children)]
-        called = [_callee(statement) for statement in run]
-        if len(run) < 2 or called != [f"{path}.{name}" for name in children]:
-            return None
-        carried = None
-        for before, after in pairwise(run):
-            target = before.targets[0]
-            assert target is not None
-            spot = _replaced(before, after, target, carried)
-            if spot is None or uses[target] != 1 or after.context != first.context:
-                return None
-            carried = spot
-        assert carried is not None
-        return self._loop(path, run, carried), len(run)
-
-    def _loop(self, path: str, run: Sequence[Statement], carried: int) -> _Line:
-        first, last = run[0], run[-1]
-        assert isinstance(first.expr, Call)
-        start = first.expr.args[carried]
-        assert isinstance(start, Ref)
-        assert last.targets[0] is not None
-        args = list(first.expr.args)
-        args[carried] = Ref(last.targets[0])
-        container = self.module.find(path)
-        assert container is not None
-        variable = _loop_variable(path, container)
-        text = flat(self.resolve(Own(path)))
-        statement = replace(last, expr=Call(Raw(variable), tuple(args)), forced=True)
-        return _Line(
-            statement, text if container.is_list else f"{text}.values()", variable, start.index
-        )
-
     # Inlining.
 
-    def _inlined(self, lines: Sequence[_Line]) -> tuple[list[_Line], list[Node]]:
+    def _inlined(self, lines: Sequence[Line]) -> tuple[list[Line], list[Node]]:
         """Write values used once into the expressions that use them, order of evaluation kept."""
         uses = Counter(self.body.results)
         for line in lines:
             for index in line.reads:
                 uses[index] += 2 if line.loop else 1  # a loop evaluates its arguments again
-        done: list[_Line] = []
-        pending: list[_Line] = []
+        done: list[Line] = []
+        pending: list[Line] = []
         for line in lines:
             if pending and (line.loop or line.statement.context != pending[-1].statement.context):
                 done += pending
@@ -173,7 +99,7 @@ class Function:
             results = [pending.pop().statement.expr]
         return [*done, *pending], results
 
-    def _absorb(self, line: _Line, pending: list[_Line]) -> tuple[_Line, list[_Line], list[_Line]]:
+    def _absorb(self, line: Line, pending: list[Line]) -> tuple[Line, list[Line], list[Line]]:
         """The line with the last pending values written into it; what it forces out; the rest."""
         waiting = {p.statement.targets[0]: p for p in pending}
         reads = [index for index in refs(line.statement.expr) if index in waiting]
@@ -202,7 +128,7 @@ class Function:
         cut = forced[-1] + 1 if forced else 0
         if cut < len(rest) and forced:
             cut = len(rest)
-        new = _Line(replace(line.statement, expr=expr))
+        new = Line(replace(line.statement, expr=expr))
         return new, rest[:cut], rest[cut:]
 
     def _is_readable(self, statement: Statement, expr: Node) -> bool:
@@ -221,7 +147,7 @@ class Function:
                 length += max(0, len(self.body.values[target].name) - _NAME)
         return length <= _LENGTH
 
-    def _may_wait(self, line: _Line, uses: Counter[int]) -> bool:
+    def _may_wait(self, line: Line, uses: Counter[int]) -> bool:
         statement = line.statement
         if line.loop or statement.forced or statement.augmented or len(statement.targets) != 1:
             return False
@@ -232,7 +158,7 @@ class Function:
 
     # Names.
 
-    def _last_uses(self, lines: Sequence[_Line], results: Sequence[Node]) -> dict[int, int]:
+    def _last_uses(self, lines: Sequence[Line], results: Sequence[Node]) -> dict[int, int]:
         last = {index: position for position, line in enumerate(lines) for index in line.reads}
         last.update({index: len(lines) for result in results for index in refs(result)})
         return last
@@ -275,7 +201,7 @@ class Function:
 
     def _written(
         self,
-        line: _Line,
+        line: Line,
         position: int,
         last: dict[int, int],
         indent: int,
@@ -309,7 +235,7 @@ class Function:
 
     def _written_loop(
         self,
-        line: _Line,
+        line: Line,
         position: int,
         last: dict[int, int],
         indent: int,
@@ -386,46 +312,3 @@ def _receiver(statement: Statement) -> int | None:
         case Call(Raw(), (Ref(index), *_), _):
             return index
     return None
-
-
-def _callee(statement: Statement) -> str:
-    """The path of the module that a statement calls, "" if it calls none."""
-    match statement.expr:
-        case Call(Own(path), _, ()):
-            return path
-    return ""
-
-
-def _container(module: Module, statement: Statement) -> tuple[str, list[str]] | None:
-    """The container whose first module a statement calls, and the names of all its modules."""
-    path, _, name = _callee(statement).rpartition(".")
-    if not path or len(statement.targets) != 1 or statement.targets[0] is None:
-        return None
-    owner = module.find(path)
-    if owner is None or not owner.is_container or next(iter(owner.children)) != name:
-        return None
-    return path, list(owner.children)
-
-
-def _replaced(before: Statement, after: Statement, target: int, carried: int | None) -> int | None:
-    """Where `after` takes what `before` gave, if that is all in which their arguments differ."""
-    match before.expr, after.expr:
-        case Call(_, old, ()), Call(_, new, ()) if len(old) == len(new) and len(after.targets) == 1:
-            spots = [i for i, arg in enumerate(new) if arg == Ref(target)]
-            if len(spots) != 1 or carried not in (None, spots[0]):
-                return None
-            spot = spots[0]
-            same = all(old[i] == new[i] for i in range(len(new)) if i != spot)
-            return spot if same and isinstance(old[spot], Ref) else None
-    return None
-
-
-def _loop_variable(path: str, container: Module) -> str:
-    """`block` for modules whose class is a Block."""
-    name = path.rpartition(".")[2]
-    classes = {child.class_name for child in container.children.values()}
-    for word in ("block", "layer", "stage", "cell"):
-        if all(word in cls.lower() for cls in classes):
-            return word
-    singular = name[:-1] if name.endswith("s") and len(name) > 2 else "module"
-    return identifier(singular, ("self",))
