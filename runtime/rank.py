@@ -60,13 +60,17 @@ def find_place(job: Job) -> Place:
 
 def connect(place: Place, timeout_s: float) -> Store:
     """The store that torchrun's agent keeps for its workers."""
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-    )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            port,
+            is_master=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        raise PeerError(f"no contact with {host}:{port}: {error}") from None
     shared: Store = dist.PrefixStore(f"p2bw/{place.attempt}", store)  # type: ignore[attr-defined]
     return shared
 
@@ -91,10 +95,11 @@ def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     meet(place, store, "ready")
     report.start()
     worker.run()
+    busy_s = worker.clock.busy_s()  # on a GPU: when it has done all this
     elapsed_s = report.stop()
     if options.save is not None:
         save(options.save, prepared, worker, place.rank, store)
-    utilisation = gather_utilisation(worker, elapsed_s, place, store)
+    utilisation = gather_utilisation(busy_s, elapsed_s, place, store)
     if options.result is not None and place.rank == 0:
         write_result(options.result, report.summary(utilisation))
     # Leave together: a rank that closes its connections early looks like one that died.
@@ -182,13 +187,13 @@ def save(folder: Path, prepared: Prepared, worker: Worker, rank: int, store: Sto
         write_index(folder, [json.loads(store.get(f"written/{k}")) for k in range(plan.depth)])
 
 
-def gather_utilisation(worker: Worker, elapsed_s: float, place: Place, store: Store) -> float:
+def gather_utilisation(busy_s: float, elapsed_s: float, place: Place, store: Store) -> float:
     """The share of the run in which the ranks computed, averaged over them; 0 but on rank 0."""
-    store.set(f"busy/{place.rank}", repr(worker.clock.busy_s()))
+    store.set(f"busy/{place.rank}", repr(busy_s))
     if place.rank != 0:
         return 0.0
-    busy_s = sum(float(store.get(f"busy/{rank}")) for rank in range(place.world))
-    return busy_s / (elapsed_s * place.world)
+    all_s = sum(float(store.get(f"busy/{rank}")) for rank in range(place.world))
+    return all_s / (elapsed_s * place.world)
 
 
 def meet(place: Place, store: Store, what: str) -> None:
