@@ -91,22 +91,29 @@ def _execute(line: list[str], failure: Path) -> int:
 
 
 def record_failure(error: BaseException, message: str, trace: str) -> bool:
-    """Leave an error for `run` to raise; false if it was not `run` that started this rank."""
+    """Leave the first error for `run` to raise; false if `run` did not start this rank."""
     name = os.environ.get(FAILURE_FILE)
-    if not name:
-        return False
-    record = {"kind": type(error).__name__, "message": message, "traceback": trace}
+    if not name or Path(name).exists():
+        return bool(name)
+    record = {
+        "kind": type(error).__name__,
+        "exit_code": error.exit_code if isinstance(error, P2BWError) else P2BWError.exit_code,
+        "message": message,
+        "traceback": trace,
+    }
     beside = Path(f"{name}.new")
     beside.write_text(json.dumps(record), encoding="utf-8")
     os.replace(beside, name)
     return True
 
 
-def _raise(record: dict[str, str]) -> None:
+def _raise(record: dict[str, Any]) -> None:
     if record["traceback"]:
         print(record["traceback"], file=sys.stderr, flush=True)
     kinds = {kind.__name__: kind for kind in _family(P2BWError)}
-    raise kinds.get(record["kind"], P2BWError)(record["message"])
+    error = kinds.get(record["kind"], P2BWError)(record["message"])
+    error.exit_code = record["exit_code"]  # its kind may not be known in this process
+    raise error
 
 
 def _family(kind: type[P2BWError]) -> list[type[P2BWError]]:

@@ -1,5 +1,6 @@
 """Messages between ranks: one small interface, and its implementation over torch.distributed."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ class _AllReduce:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise PeerError(f"the sum over replicas failed: {_first_line(error)}") from None
+                raise PeerError(f"the sum over replicas failed: {_reason(error)}") from None
             if parts:
                 for part, total in zip(
                     parts, torch.split(flat, [p.numel() for p in parts]), strict=True
@@ -234,11 +235,13 @@ def _blaming(channel: Channel, stage: int, peer: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         fact = f"{channel}: no contact with stage {stage} (rank {peer})"
-        raise PeerError(f"{fact}: {_first_line(error)}") from None
+        raise PeerError(f"{fact}: {_reason(error)}") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: BaseException) -> str:
+    """What gloo or NCCL says, without the place in their sources and the advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[[^]]*\] *", "", line).partition(". This is typically")[0]
 
 
 def _lane(channel: Channel) -> tuple[Flow, bool]:
