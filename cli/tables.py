@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -177,11 +178,9 @@ def curve(values: Sequence[float], width: int = 60) -> str:
     finite = [value for value in values if value == value]
     if not finite:
         return ""
-    buckets = [
-        finite[i * len(finite) // width : max((i + 1) * len(finite) // width, 1)]
-        for i in range(width)
-    ]
-    means = [sum(bucket) / len(bucket) for bucket in buckets if bucket]
+    width = min(width, len(finite))
+    edges = [i * len(finite) // width for i in range(width + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = 7 / (high - low) if high > low else 0.0
     return "".join("▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means)

@@ -20,5 +20,6 @@ def test_a_curve_falls_with_its_values() -> None:
     line = curve([float(value) for value in range(120, 0, -1)])
     assert line[0] == "█"
     assert line[-1] == "▁"
-    assert set(curve([1.0, 1.0])) == {"▁"}
+    assert curve([1.0, 1.0]) == "▁▁"
+    assert curve([3.0, 1.0, 2.0]) == "█▁▅"
     assert curve([float("nan")]) == ""
