@@ -287,6 +287,10 @@ def solve_command(
     cpus: Annotated[
         int, typer.Option(help="CPUs that may be stages too, if the file has their times.")
     ] = 0,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="Bytes per second between stages, for a PipeDream profile.  [1e9]"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -298,7 +302,7 @@ def solve_command(
         from p2bw.tables import print_solution
 
         with progress(quiet) as say:
-            solution = solve_file(file, stages=stages, cpus=cpus, progress=say)
+            solution = solve_file(file, stages=stages, cpus=cpus, bandwidth=bandwidth, progress=say)
         if as_json:
             _print_json(solution.to_json())
         elif not quiet:

@@ -8,30 +8,45 @@ from pydantic import ValidationError
 from p2bw.compiler.placement.loads import LoadProblem
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.reader_device_placement import read_device_placement
+from p2bw.compiler.reader_pipedream import read_pipedream
 from p2bw.runtime.errors import InputFileError, UsageError
 
-FORMATS = "a PlacementProblem, or the device-placement JSON of NeurIPS 2020"
+FORMATS = "a PlacementProblem, device-placement JSON (NeurIPS 2020) or a PipeDream graph.txt"
+BANDWIDTH = 1e9  # bytes per second: the default of PipeDream's optimizer
+
+Problem = PlacementProblem | LoadProblem
 
 
-def read_any(path: Path) -> PlacementProblem | LoadProblem:
-    """The problem in a file; InputFileError names the field that is not valid."""
+def read_any(path: Path, bandwidth: float | None = None) -> Problem:
+    """The problem in a file; `bandwidth` of its links, where the format does not say.
+
+    InputFileError names the field that is not valid.
+    """
     try:
         text = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise InputFileError(f"{path}: not JSON ({error}); wanted {FORMATS}") from None
-    if not isinstance(fields, dict):
-        raise InputFileError(f"{path}: no JSON object; wanted {FORMATS}")
-    if not {"maxFPGAs", "nodes"} & fields.keys():
-        return read_problem(path)
-    try:
-        return read_device_placement(text)
+        if b" -- " in text.partition(b"\n")[0]:
+            return read_pipedream(text.decode(), bandwidth or BANDWIDTH)
+        if bandwidth is not None:
+            raise UsageError(f"{path} has its own bandwidth: --bandwidth is for PipeDream's files")
+        return _read_json(path, text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the problem"
         raise InputFileError(f"{path}: {where}: {first['msg']}") from None
     except ValueError as error:
         raise InputFileError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path, text: bytes) -> Problem:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error}); wanted {FORMATS}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"no JSON object; wanted {FORMATS}")
+    if {"maxFPGAs", "nodes"} & fields.keys():
+        return read_device_placement(text)
+    return read_problem(path)

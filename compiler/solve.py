@@ -9,6 +9,7 @@ from typing import Any, Literal
 from p2bw.compiler.placement import solve
 from p2bw.compiler.placement.additive import solve_loads
 from p2bw.compiler.placement.loads import LoadProblem
+from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
 from p2bw.runtime.errors import UsageError
@@ -61,6 +62,7 @@ def solve_file(
     *,
     stages: int | None = None,
     cpus: int = 0,
+    bandwidth: float | None = None,
     progress: Say = lambda message: None,
 ) -> Solution:
     """The best placement of a problem file, and the proof.
@@ -72,8 +74,10 @@ def solve_file(
         raise UsageError(f"--stages {stages}: a pipeline has at least one stage")
     if cpus < 0:
         raise UsageError(f"--cpus {cpus}: less than none")
+    if bandwidth is not None and not 0 < bandwidth < float("inf"):
+        raise UsageError(f"--bandwidth {bandwidth:g}: bytes per second, more than 0")
     started = time.monotonic()
-    problem = read_any(path)
+    problem = read_any(path, bandwidth)
     if cpus and not (isinstance(problem, LoadProblem) and problem.timed_on_cpu):
         raise UsageError(f"--cpus {cpus}: {path} does not say how long blocks take on a CPU")
     if isinstance(problem, PlacementProblem):
@@ -114,7 +118,7 @@ def _solve_loads(problem: LoadProblem, devices: int, cpus: int, started: float) 
     names = [node.name for node in problem.nodes]
     beside = f" and {cpus} CPUs" if cpus else ""
     return Solution(
-        status="optimal" if found.bound >= found.objective else "feasible",
+        status="optimal" if found.bound >= found.objective * (1 - TOLERANCE) else "feasible",
         objective=found.objective,
         bound=found.bound,
         seconds=time.monotonic() - started,

@@ -229,3 +229,82 @@ def test_cpus_need_their_times(tmp_path):
     path.write_text(problem.to_json())
     with pytest.raises(UsageError, match="how long blocks take on a CPU"):
         solve_file(path, cpus=1)
+
+
+# A diamond: node3 and node4 read node2's output; the cheap place to cut is in front of node5.
+PROFILE = """\
+node1 -- Input -- forward_compute_time=100.0, backward_compute_time=0.0, activation_size=9e9, \
+parameter_size=0.000
+node2 -- Conv2d(1, 2) -- forward_compute_time=1000.0, backward_compute_time=2000.0, \
+activation_size=4e9, parameter_size=8.000
+node3 -- LSTM(2, 2) -- forward_compute_time=1000.0, backward_compute_time=0.0, \
+activation_size=[1e9; 5e8], parameter_size=0.000
+node4 -- ReLU -- forward_compute_time=0.0, backward_compute_time=0.0, activation_size=1e9, \
+parameter_size=0.000
+node5 -- Linear -- forward_compute_time=2000.0, backward_compute_time=2000.0, activation_size=0.0, \
+parameter_size=0.000 -- stage_id=1
+\tnode1 -- node2
+\tnode2 -- node3
+\tnode2 -- node4
+\tnode3 -- node5
+\tnode4 -- node5
+"""
+
+
+def test_pipedream_links_carry_each_live_output_and_its_gradient(write):
+    with pytest.raises(UsageError, match="give --stages"):
+        solve_file(write(PROFILE))
+    found = solve_file(write(PROFILE), stages=2)
+    assert list(found.assignment.values()) == [0, 0, 0, 0, 1]
+    assert "node3 LSTM(2, 2)" in found.assignment
+    assert [stage.load for stage in found.stages] == [4.0, 4.0]
+    assert found.objective == 5.0  # 2 * (1.5 + 1) GB over the link
+    assert solve_file(write(PROFILE), stages=2, bandwidth=1e10).objective == 4.0
+    assert solve_file(write(PROFILE), stages=1).objective == 8.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("forward_compute_time=2000.0", "forward=1", "line 5: no forward_compute_time"),
+        ("parameter_size=8.000", "parameter_size=x", "line 2: parameter_size: no number: 'x'"),
+        ("parameter_size=8.000", "parameter_size=nan", "line 2: parameter_size: nan"),
+        ("\tnode4 -- node5", "\tnode4 -- node6", "line 10: no node node6"),
+        ("\tnode4 -- node5", "node4", "line 10: neither"),
+        ("node5 -- Linear", "node4 -- Linear", "line 5: a second node node4"),
+    ],
+)
+def test_an_invalid_profile_names_its_line(old, new, message, write):
+    with pytest.raises(InputFileError, match=message):
+        solve_file(write(PROFILE.replace(old, new)), stages=2)
+
+
+def test_bandwidth_is_for_profiles_alone(write):
+    with pytest.raises(UsageError, match="has its own bandwidth"):
+        solve_file(write(file()), bandwidth=1e9)
+
+
+# What PipeDream's own optimizer finds (--straight_pipeline, 4 machines, 1 GB/s, transfers counted).
+STRAIGHT = {"vgg16": 0.41104, "resnet50": 0.25815, "gnmt": 0.02587}
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_no_worse_than_pipedream_on_its_profiles(name):
+    found = solve_file(published("pipedream_profiles", f"{name}.txt"), stages=4)
+    assert found.status == "optimal"
+    assert found.objective < STRAIGHT[name] * (1 + 1e-4)
+
+
+@given(load_problems(), st.integers(1, 3), st.integers(0, 1))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_the_integer_program_agrees(problem, devices, cpus):
+    want = by_brute_force(problem, devices, cpus)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("p2bw.compiler.placement.additive.MAX_IDEALS", 0)
+        if want is None:
+            with pytest.raises(InfeasibleError):
+                solve_loads(problem, devices, cpus)
+            return
+        found = solve_loads(problem, devices, cpus)
+    assert found.objective == pytest.approx(want, rel=1e-6)
+    assert found.bound == pytest.approx(want, rel=1e-6)

@@ -27,11 +27,11 @@ from p2bw.compiler.placement.contract import Loads, contract
 from p2bw.compiler.placement.ideals import Family, Flags, Floats, make_family
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.loads import Device, LoadProblem, judge_loads
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 60_000
 BATCH = 128  # ideals priced at once, at least
-MAX_WORK = 3e11  # multiplications: more would take minutes
+DETERMINISTIC_S = 4.0  # of CP-SAT; a second is a few on a slow core
 
 Kind = Literal["accelerator", "cpu"]
 State = tuple[int, int]  # accelerators, CPUs
@@ -50,33 +50,83 @@ class LoadPlacement:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A placement of groups."""
+    """A placement of nodes."""
 
     busiest: float  # in steps
-    stages: tuple[int, ...]
+    place: tuple[int, ...]
     kinds: tuple[Kind, ...]
 
 
 def solve_loads(problem: LoadProblem, devices: int, cpus: int = 0) -> LoadPlacement:
     """The placement on at most so many accelerators and CPUs whose busiest device is least so."""
     loads = contract(problem)
-    few = _sweep(loads, make_family(loads, 0), (devices, cpus), np.inf)
+    row = _sweep(loads, make_family(loads, 0), (devices, cpus), np.inf)
+    if row is not None:
+        loads = contract(_joined(problem, row.busiest / loads.steps, cpus))
     family = make_family(loads, MAX_IDEALS)
-    best = few
+    bound = np.inf
     if family.complete:
-        better = _sweep(loads, family, (devices, cpus), few.busiest if few else np.inf)
-        best = better or few
-    if best is None:
+        row = _sweep(loads, family, (devices, cpus), row.busiest if row else np.inf) or row
+        settled_by = f"dynamic program over {len(family.members)} ideals"
+    else:
+        row, bound = _program(loads, (devices, cpus), row)
+        settled_by = f"integer program over {len(loads.groups)} groups"
+    if row is None:
+        if bound < np.inf:
+            raise TimeLimitError("no placement found, and none ruled out; offer more memory")
         raise InfeasibleError(_explain(problem, devices))
-    place = loads.nodes_to_stages(best.stages)
-    objective, used = judge_loads(problem, place, best.kinds)
+    objective, used = judge_loads(problem, row.place, row.kinds)
     return LoadPlacement(
         objective=objective,
-        bound=objective if family.complete else 0.0,
-        place=place,
+        bound=min(objective, bound / loads.steps),
+        place=row.place,
         devices=used,
-        settled_by=f"dynamic program over {len(family.members)} ideals",
+        settled_by=settled_by,
     )
+
+
+def _joined(problem: LoadProblem, upper: float, cpus: int) -> LoadProblem:
+    """Without the cuts that cost `upper` alone: nothing better has them.
+
+    A tensor between two CPUs would cost neither of them anything.
+    """
+    if cpus > 1 and problem.charge == "stages":
+        return problem
+    dear = tuple(t.ends for t in problem.transfers if t.cost >= upper)
+    return replace(problem, together=problem.together + dear)
+
+
+def _program(loads: Loads, devices: State, row: _Row | None) -> tuple[_Row | None, float]:
+    """What CP-SAT makes of a placement along the topological orders, and its bound."""
+    from p2bw.compiler.placement.additive_cpsat import solve_program
+
+    everything = int(loads.time.sum() + loads.cpu_time.sum()) + sum(c for _, c in loads.cuts)
+    upper = row.busiest if row else float(everything)
+    found = solve_program(loads, devices, upper, DETERMINISTIC_S)
+    if found.stages is not None:
+        kinds: tuple[Kind, ...] = tuple("cpu" if cpu else "accelerator" for cpu in found.cpus)
+        better = _judge(loads, found.stages, kinds)
+        row = better if row is None or better.busiest < row.busiest else row
+    return row, found.bound
+
+
+def _judge(loads: Loads, stages: tuple[int, ...], kinds: tuple[Kind, ...]) -> _Row:
+    """The busiest device or link in steps; devices without groups left out."""
+    used = sorted(set(stages))
+    stages = tuple(used.index(stage) for stage in stages)
+    kinds = tuple(kinds[stage] for stage in used)
+    busy, links = [0] * len(used), [0] * len(used)
+    for v, k in enumerate(stages):
+        busy[k] += int((loads.cpu_time if kinds[k] == "cpu" else loads.time)[v])
+    for ends, cost in loads.cuts:
+        touched = sorted({stages[end] for end in ends})
+        if loads.charge == "boundaries":
+            for k in range(touched[0], touched[-1]):
+                links[k] += cost
+        elif len(touched) > 1:
+            for k in touched:
+                busy[k] += cost * (kinds[k] == "accelerator")
+    return _Row(float(max(busy + links)), loads.nodes_to_stages(stages), kinds)
 
 
 def _explain(problem: LoadProblem, devices: int) -> str:
@@ -243,4 +293,5 @@ def _backtrack(loads: Loads, members: Flags, best: Floats, came: Numbers) -> _Ro
         accelerators, cpus = accelerators - (1 - by_cpu), cpus - by_cpu
         stages += ~members[ideal]
         kinds.append("cpu" if by_cpu else "accelerator")
-    return _Row(busiest, tuple((stages - 1).tolist()), tuple(kinds[::-1]))
+    place = loads.nodes_to_stages((stages - 1).tolist())
+    return _Row(busiest, place, tuple(kinds[::-1]))
