@@ -1,6 +1,7 @@
 """What a rank does before it meets the others: read, check and build."""
 
 import random
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,11 @@ def prepare(job: Job) -> Prepared:
 
 def initial_stage(prepared: Prepared, stage: int, device: torch.device) -> nn.Module:
     """A stage with the weights that the user's own code gives under the seed."""
-    torch.manual_seed(prepared.job.seed)
-    random.seed(prepared.job.seed)
+    seed = prepared.job.seed
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):  # where the model's code may draw its weights from
+        numpy.random.seed(seed % 2**32)
     model = prepared.file.model()
     module = load_stage(prepared.job.artifact, stage)
     copy_state(model, module)

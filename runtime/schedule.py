@@ -132,7 +132,7 @@ def channels(plan: Plan) -> tuple[Channel, ...]:
     found = []
     for stage in plan.stages:
         for transfer in stage.sends:
-            name, peer = transfer.spec.name, transfer.peer
+            name, peer = transfer.tensor, transfer.peer
             found.append(Channel(Flow.ACTIVATION, stage.index, peer, name))
             if transfer.gradient:
                 found.append(Channel(Flow.GRADIENT, peer, stage.index, name))

@@ -28,6 +28,7 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
+    """As the ranks have: with more, kernels may add in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,7 @@
 """Artifacts of the compiler, trained by the runtime, against the original program's graph."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ from p2bw.runtime.job import Job
 from p2bw.runtime.local import Trained, train_in_threads
 from p2bw.runtime.modelfile import flatten_microbatch
 from p2bw.runtime.plan import Plan, read_plan
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have: with more, kernels may add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Whole(nn.Module):

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from handmade import write_artifact
 from safetensors.torch import load_file
@@ -27,6 +29,15 @@ EVERY = [("2bw", *shape, name) for shape in SHAPES for name in ("sgd", "adamw")]
     ("flush", *shape, name) for shape in SHAPES[::2] for name in ("sgd", "adamw")
 ]
 SOME = EVERY[0:24:5] + EVERY[24::5]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have: with more, kernels may add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
