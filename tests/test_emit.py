@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from annotated import annotated
 from corpus import CORPUS, ROOT
-from staged import compare, cut, load, program_of, texts_of
+from staged import compare, cut, load, texts_of
 
 from p2bw.compiler.emit import emit_stage, tensor_names
 from p2bw.compiler.program import Program
+from p2bw.passes.group_blocks import group_blocks
 from p2bw.runtime.modelfile import ModelFile
 
 PATHS = {architecture.name: architecture for architecture in CORPUS}
@@ -19,12 +21,13 @@ PATHS = {architecture.name: architecture for architecture in CORPUS}
 
 @functools.cache
 def example(name: str) -> tuple[ModelFile, Program]:
-    architecture = PATHS[name]
-    return program_of(architecture.path, architecture.factory, architecture.batch)
+    """A program of the session in blocks as small as they can be, to cut anywhere."""
+    file, program = annotated(PATHS[name])
+    return file, group_blocks(program, granularity=1e12, max_blocks=10**9)
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize(("depth", "seed"), [(1, None), (2, None), (4, None), (3, 0), (4, 1)])
+@pytest.mark.parametrize(("depth", "seed"), [(1, None), (3, None), (4, 1)])
 def test_the_stages_compute_what_the_model_computes(
     name: str, depth: int, seed: int | None
 ) -> None:

@@ -1,5 +1,6 @@
 """From regions to modules: the user's hierarchy, rebuilt around the nodes of one stage."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -38,7 +39,7 @@ class _Frame:
 class Builder:
     """Builds the module tree of one stage."""
 
-    def __init__(self, layout: Layout, names: dict[str, str]) -> None:
+    def __init__(self, layout: Layout, names: Mapping[str, str]) -> None:
         self.layout = layout
         self.program = layout.program
         self.names = names  # of tensors at the stage's boundary

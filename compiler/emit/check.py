@@ -7,7 +7,7 @@ _ALLOWED = (
     *(ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Pass),
     *(ast.For, ast.With, ast.withitem, ast.Call, ast.Attribute, ast.Name, ast.Constant),
     *(ast.Tuple, ast.List, ast.Dict, ast.Subscript, ast.Slice, ast.BinOp, ast.UnaryOp),
-    *(ast.Compare, ast.GeneratorExp, ast.DictComp, ast.comprehension),
+    *(ast.Compare, ast.Starred, ast.GeneratorExp, ast.DictComp, ast.comprehension),
     *(ast.operator, ast.unaryop, ast.cmpop, ast.expr_context),
 )
 _IMPORTS = {

@@ -151,18 +151,20 @@ def _name(classes: Classes, root: Module) -> None:
     for cls in classes.order:
         if cls.sample is not root:
             by_type.setdefault(cls.sample.class_name, []).append(cls)
-    taken = {"Stage", "Tensor", "OrderedDict"}
+    taken: dict[str, Class | None] = dict.fromkeys(("Stage", "Tensor", "OrderedDict"))
     classes.of[id(root)].name = "Stage"
     for type_name, group in by_type.items():
         base = identifier(type_name, set(), "Part")
-        smallest = min(group, key=lambda cls: len(cls.sample.children))
         for cls in group:
             name = base + _part(cls.sample)
-            extra = [n for n in cls.sample.children if n not in smallest.sample.children]
-            if name in taken and extra and len(extra) <= 2:
-                name += "With" + "And".join(_camel(e) for e in extra)
+            other = taken.get(name)
+            if other is not None:
+                mine, theirs = set(cls.sample.children), set(other.sample.children)
+                extra = [n for n in cls.sample.children if n not in theirs]
+                if theirs < mine and len(extra) <= 2:
+                    name += "With" + "And".join(map(_camel, extra))
             cls.name = identifier(name, taken)
-            taken.add(cls.name)
+            taken[cls.name] = cls
 
 
 def _part(module: Module) -> str:

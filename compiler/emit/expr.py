@@ -92,7 +92,7 @@ class Seq(Node):
 
 @dataclass(frozen=True, slots=True)
 class Dict(Node):
-    """A dict display with string keys, already quoted."""
+    """A dict display with string keys, already quoted; an empty key for what is unpacked."""
 
     items: tuple[tuple[str, Node], ...]
 
@@ -212,7 +212,8 @@ def flat(node: Node) -> str:
         case Index(base, items):
             return f"{_operand(base, _ATOM)}[{', '.join(map(flat, items))}]"
         case Dict(pairs):
-            return f"{{{', '.join(f'{key}: {flat(value)}' for key, value in pairs)}}}"
+            inside = (f"{key}: {flat(value)}" if key else flat(value) for key, value in pairs)
+            return f"{{{', '.join(inside)}}}"
         case Seq("[]", items):
             return f"[{', '.join(map(flat, items))}]"
         case Seq(_, items):
@@ -270,7 +271,7 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
             items = [("", arg) for arg in args] + [(f"{name}=", v) for name, v in kwargs]
         case Dict(pairs) if pairs:
             opening, closing = "{", "}"
-            items = [(f"{key}: ", value) for key, value in pairs]
+            items = [(f"{key}: " if key else "", value) for key, value in pairs]
         case Seq(brackets, seq) if seq:
             opening, closing = brackets[0], brackets[1]
             items = [("", item) for item in seq]
@@ -283,7 +284,7 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
         case _:
             return [line]
     inner = [lay_out(name, item, indent + 4) for name, item in items]
-    sole = len(items) == 1 and isinstance(items[0][1], (Seq, Dict)) and len(inner[0]) > 1
+    sole = len(items) == 1 and isinstance(items[0][1], (Seq, Dict))
     comma = "" if sole and isinstance(node, Call) else ","
     body = [text for lines in inner for text in (*lines[:-1], lines[-1] + comma)]
     return [" " * indent + prefix + opening, *body, " " * indent + closing]

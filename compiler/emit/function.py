@@ -42,8 +42,10 @@ class Function:
     module: Module
     types: Sequence[TensorType | None]  # None where instances of the class differ
     resolve: Callable[[Node], Node]  # attributes of self -> text
+    label: str = ""  # what the world calls the result, if there is one
     names: dict[int, str] = field(default_factory=dict)
     owner: dict[str, int] = field(default_factory=dict)
+    reserved: set[str] = field(default_factory=set)  # names of loop variables
 
     def lines(self, name: str) -> list[str]:
         """The method's lines, indented for a class."""
@@ -51,11 +53,12 @@ class Function:
         for loop in loops:
             if loop.loop and loop.start >= self.body.arguments:
                 self.body.values[loop.start] = Value(None, "x")
+        self.reserved = {loop.variable for loop in loops if loop.loop}
         lines, results = self._inlined(loops)
         last = self._last_uses(lines, results)
         for number in range(self.body.arguments):
             wish = self.body.values[number].name
-            self._name(number, identifier(wish or "x", self.owner))
+            self._name(number, identifier(wish or "x", {*self.owner, *self.reserved}))
         signature = self._signature(name)
         body: list[str] = []
         shown: list[TensorType | None] = [None]
@@ -139,7 +142,8 @@ class Function:
                 return Raw(self.body.values[part.index].name or "value")
             return Raw(f"self.{part.path}") if isinstance(part, Own) else part
 
-        if sum(isinstance(part, Call) for part in walk(expr)) > _CALLS:
+        calls = [part for part in walk(expr) if isinstance(part, Call)]
+        if len(calls) > _CALLS or sum(map(_is_numbered, calls)) > 1:
             return False
         length = len(flat(rebuild(expr, worded)))
         for target in statement.targets:
@@ -170,7 +174,7 @@ class Function:
     def _choose(self, number: int, position: int, last: dict[int, int], fresh: set[str]) -> str:
         """A name that no value still needed has."""
         wish = self.body.values[number].name or "x"
-        alive = {
+        alive = self.reserved | {
             name
             for name, index in self.owner.items()
             if last.get(index, -1) > position or name in fresh
@@ -297,11 +301,20 @@ class Function:
             return []
         if len(results) == 1:
             text = lay_out("return ", self._named(results[0]), 8)
+            comment = f"  # {self.label}: {self.types[self.body.results[0]]}"
+            if self.label and len(text[-1]) + len(comment) <= WIDTH:
+                text[-1] += comment
+                return text
             return self._commented(text, self.body.results, shown)
         flat_text = f"        return {', '.join(flat(self._named(result)) for result in results)}"
         if len(flat_text) <= WIDTH:
             return [flat_text]
         return lay_out("return ", Seq("()", tuple(map(self._named, results))), 8)
+
+
+def _is_numbered(call: Call) -> bool:
+    """Whether a call is of one of many modules, like a layer; each deserves its own line."""
+    return isinstance(call.func, Own) and call.func.path.rpartition(".")[2].isdecimal()
 
 
 def _receiver(statement: Statement) -> int | None:

@@ -11,6 +11,8 @@ from p2bw.compiler.plan import Plan, TransferSpec
 from p2bw.compiler.program import TensorType
 from p2bw.compiler.units import count, data, parameters, percent, seconds
 
+_TIE = "\N{NO-BREAK SPACE}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wire:
@@ -98,10 +100,12 @@ def format_header(header: StageHeader) -> str:
     if header.recompute_s:
         rows.append(("recompute", f"{seconds(header.recompute_s)}: the forward once more"))
     rows[-1] = (rows[-1][0], rows[-1][1] + share)
-    parts = " + ".join(f"{kind} {data(amount)}" for kind, amount in header.memory if amount)
+    parts = " + ".join(
+        f"{kind} {data(amount)}".replace(" ", _TIE) for kind, amount in header.memory if amount
+    )
     rows += [
         ("memory", f"{data(total)} of {data(header.memory_limit)}"),
-        *(("", line) for line in wrapped(f"= {parts}", WIDTH - 12)),
+        *(("", line.replace(_TIE, " ")) for line in wrapped(f"= {parts}", WIDTH - 12)),
     ]
     table = [f"{name:<10}  {text}".rstrip() for name, text in rows]
     wires = [_wire("receives", wire, "from") for wire in header.receives]

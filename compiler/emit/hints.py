@@ -69,7 +69,7 @@ def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
     """The name of the operand that the result is most like."""
     known = [body.values[index] for index in refs(expr) if 0 <= index < len(body.values)]
     floating = out is None or out.dtype.is_floating_point
-    alike = [v for v in known if v.type is None or v.type.dtype.is_floating_point == floating]
+    alike = [v for v in known if v.type is None or out is None or _kind(v.type) == _kind(out)]
     same = [v for v in alike if v.type == out]
     for choice in (same, alike):
         if any(value.hint == "x" for value in choice):
@@ -77,6 +77,12 @@ def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
         if choice:
             return choice[0].hint
     return "x" if floating else "index"
+
+
+def _kind(kind: TensorType) -> str:
+    if kind.dtype is torch.bool:
+        return "bool"
+    return "float" if kind.dtype.is_floating_point else "int"
 
 
 def call_name(

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from p2bw.compiler.emit.expr import Call, Node, Own, Raw, Ref, flat, refs
 from p2bw.compiler.emit.names import identifier
@@ -29,63 +28,71 @@ class Line:
 
 
 def find_loops(body: Body, module: Module, resolve: Resolve) -> list[Line]:
-    """Runs of calls of all modules of a container, each on what the last gave, as loops."""
+    """The statements of a body, runs of calls that make a loop as one line each."""
     statements = body.statements
     uses = Counter(r for s in statements for r in refs(s.expr)) + Counter(body.results)
     found: list[Line] = []
     position = 0
     while position < len(statements):
-        run = _run(module, resolve, statements[position:], uses)
-        if run is None:
-            found.append(Line(statements[position]))
-            position += 1
-        else:
-            found.append(run[0])
-            position += run[1]
+        run, carried = _run(module, statements, position, uses)
+        loop = _loop(module, resolve, run, carried) if len(run) > 1 else None
+        found.append(loop or Line(statements[position]))
+        position += len(run) if loop else 1
     return found
 
 
 def _run(
-    module: Module, resolve: Resolve, statements: Sequence[Statement], uses: Counter[int]
-) -> tuple[Line, int] | None:
-    """The loop that the first statements are, and how many they are."""
-    first = statements[0]
-    container = _container(module, first)
-    if container is None:
-        return None
-    path, children = container
-    run = statements[: len(children)]
-    called = [_callee(statement) for statement in run]
-    if len(run) < 2 or called != [f"{path}.{name}" for name in children]:
-        return None
-    carried = None
-    for before, after in pairwise(run):
-        target = before.targets[0]
-        assert target is not None
+    module: Module, statements: Sequence[Statement], begin: int, uses: Counter[int]
+) -> tuple[Sequence[Statement], int]:
+    """The longest run of calls of a container's modules in order, each on what the last gave.
+
+    With it goes the position of the argument that is carried from call to call.
+    """
+    names = _container(module, statements[begin])
+    end, carried = begin + 1, None
+    while end < len(statements) and end - begin < len(names):
+        before, after = statements[end - 1], statements[end]
+        target = before.targets[0] if len(before.targets) == 1 else None
+        if target is None or uses[target] != 1 or after.context != before.context:
+            break
         spot = _replaced(before, after, target, carried)
-        if spot is None or uses[target] != 1 or after.context != first.context:
-            return None
-        carried = spot
-    assert carried is not None
-    return _loop(module, resolve, path, run, carried), len(run)
+        if spot is None or _callee(after) != names[end - begin]:
+            break
+        end, carried = end + 1, spot
+    return statements[begin:end], carried or 0
 
 
-def _loop(
-    module: Module, resolve: Resolve, path: str, run: Sequence[Statement], carried: int
-) -> Line:
+def _loop(module: Module, resolve: Resolve, run: Sequence[Statement], carried: int) -> Line | None:
+    """A run of calls as a loop, if it reads better so."""
     first, last = run[0], run[-1]
-    assert isinstance(first.expr, Call)
-    start = first.expr.args[carried]
-    assert isinstance(start, Ref)
-    assert last.targets[0] is not None
-    args = list(first.expr.args)
-    args[carried] = Ref(last.targets[0])
+    path, _, name = _callee(first).rpartition(".")
     container = module.find(path)
     assert container is not None
-    variable = _loop_variable(path, container)
+    names = list(container.children)
+    begin = names.index(name)
     text = flat(resolve(Own(path)))
-    statement = replace(last, expr=Call(Raw(variable), tuple(args)), forced=True)
-    return Line(statement, text if container.is_list else f"{text}.values()", variable, start.index)
+    variable = _loop_variable(path, container)
+    call: Node = Raw(variable)
+    if len(run) == len(names):
+        space = text if container.is_list else f"{text}.values()"
+    elif len(run) < 3:
+        return None
+    elif container.is_list:
+        space = f"{text}[{begin or ''}:{begin + len(run) if begin + len(run) < len(names) else ''}]"
+    else:
+        numbers = [int(n) for n in names[begin : begin + len(run)] if n.isdecimal()]
+        if numbers != list(range(int(name), int(name) + len(run))):
+            return None
+        variable, space = "i", f"range({numbers[0]}, {numbers[-1] + 1})"
+        call = Raw(f"{text}[str(i)]")
+    assert isinstance(first.expr, Call)
+    args, target = list(first.expr.args), last.targets[0]
+    start = args[carried]
+    assert isinstance(start, Ref)
+    assert target is not None
+    args[carried] = Ref(target)
+    statement = replace(last, expr=Call(call, tuple(args)), forced=True)
+    return Line(statement, space, variable, start.index)
 
 
 def _callee(statement: Statement) -> str:
@@ -96,15 +103,14 @@ def _callee(statement: Statement) -> str:
     return ""
 
 
-def _container(module: Module, statement: Statement) -> tuple[str, list[str]] | None:
-    """The container whose first module a statement calls, and the names of all its modules."""
+def _container(module: Module, statement: Statement) -> list[str]:
+    """The module that a statement calls and those behind it in its container, by path."""
     path, _, name = _callee(statement).rpartition(".")
-    if not path or len(statement.targets) != 1 or statement.targets[0] is None:
-        return None
-    owner = module.find(path)
-    if owner is None or not owner.is_container or next(iter(owner.children)) != name:
-        return None
-    return path, list(owner.children)
+    owner = module.find(path) if path else None
+    if owner is None or not owner.is_container:
+        return []
+    names = list(owner.children)
+    return [f"{path}.{n}" for n in names[names.index(name) :]]
 
 
 def _replaced(before: Statement, after: Statement, target: int, carried: int | None) -> int | None:

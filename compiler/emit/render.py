@@ -57,13 +57,14 @@ class Writer:
         self.columns = iter(cls.columns)
         self.stored: dict[str, None] = {}  # parameters that forwards need
 
-    def text(self, ties: Sequence[tuple[str, str]] = ()) -> list[str]:
+    def text(self, ties: Sequence[tuple[str, str]] = (), label: str = "") -> list[str]:
+        """The lines of the class; `label` is what the world calls its forward's result."""
         forwards: list[str] = []
         for index, body in enumerate(self.module.bodies):
             statements = [self._settled(statement) for statement in body.statements]
             body.statements[:] = statements
             types = self._types(index)
-            function = Function(body, self.module, types, self._resolve)
+            function = Function(body, self.module, types, self._resolve, label)
             forwards += ["", *function.lines("forward" if index == 0 else f"forward_{index + 1}")]
         init = self._init(ties)
         docstring = self._docstring()
@@ -197,24 +198,26 @@ class Writer:
         if module.kind is Kind.SEQUENTIAL:
             if module.is_list:
                 return call("nn.Sequential", *items)
-            pairs = tuple(Seq("()", (Raw(quoted(name)), expr)) for name, expr in built)
-            return call("nn.Sequential", call("OrderedDict", Seq("[]", pairs)))
-        names = [name for name, _ in built]
-        alike = len(built) > 1 and len(set(items)) == 1
+            named = tuple(Seq("()", (Raw(quoted(name)), expr)) for name, expr in built)
+            return call("nn.Sequential", call("OrderedDict", Seq("[]", named)))
+        runs = _runs(built)
         if module.is_list:
-            if alike:
-                each = Raw(f"{flat(items[0])} for _ in range({len(built)})")
-                return call("nn.ModuleList", each)
-            return call("nn.ModuleList", Seq("[]", items))
-        numbered = [int(name) for name in names if name.isdecimal()]
-        if (
-            alike
-            and numbered
-            and [str(i) for i in range(numbered[0], numbered[0] + len(names))] == names
-        ):
-            span = f"range({numbered[0]}, {numbered[-1] + 1})"
-            return call("nn.ModuleDict", Raw(f"{{str(i): {flat(items[0])} for i in {span}}}"))
-        return call("nn.ModuleDict", Dict(tuple((quoted(n), e) for n, e in built)))
+            if len(runs) == 1 and len(built) > 1:
+                return call("nn.ModuleList", Raw(f"{flat(items[0])} for _ in range({len(built)})"))
+            listed: list[Node] = []
+            for run in runs:
+                if len(run) > 2:
+                    listed.append(Raw(f"*({flat(run[0][1])} for _ in range({len(run)}))"))
+                else:
+                    listed += [expr for _, expr in run]
+            return call("nn.ModuleList", Seq("[]", tuple(listed)))
+        each = [f"{{str(i): {flat(run[0][1])} for i in {_range(run)}}}" for run in runs]
+        if len(runs) == 1 and len(built) > 1:
+            return call("nn.ModuleDict", Raw(each[0]))
+        pairs: list[tuple[str, Node]] = []
+        for text, run in zip(each, runs, strict=True):
+            pairs += [("", Raw(f"**{text}"))] if len(run) > 2 else [(quoted(n), e) for n, e in run]
+        return call("nn.ModuleDict", Dict(tuple(pairs)))
 
     # Words.
 
@@ -234,3 +237,23 @@ class Writer:
             )
         source = f" ({plain(self.module.source)})" if self.module.source else ""
         return docstring(f"{part}{where}{source}.", 4)
+
+
+Built = list[tuple[str, Node]]  # modules of a container by name
+
+
+def _runs(built: Built) -> list[Built]:
+    """Neighbours that are made alike and numbered on."""
+    runs: list[Built] = []
+    for name, expr in built:
+        last, before = runs[-1][-1] if runs else ("", None)
+        numbered = name.isdecimal() and last.isdecimal() and int(name) == int(last) + 1
+        if numbered and before == expr:
+            runs[-1].append((name, expr))
+        else:
+            runs.append([(name, expr)])
+    return runs
+
+
+def _range(run: Built) -> str:
+    return f"range({run[0][0]}, {int(run[-1][0]) + 1})" if run[0][0].isdecimal() else ""

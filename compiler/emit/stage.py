@@ -18,13 +18,19 @@ def emit_stage(
 ) -> str:
     """Python source of one stage: imports torch alone and ends with `class Stage(nn.Module)`."""
     layout = lay_out_regions(program, stage)
-    builder = Builder(layout, dict(tensor_names(program)))
+    names = tensor_names(program)
+    sent = [name for name in stage.results if name != program.loss.name]
+    label = names[sent[0]] if len(stage.results) == 1 and sent else ""
+    builder = Builder(layout, names)
     root = builder.build()
     classes = classify(root)
     blocks = []
     for cls in classes.order:
-        ties = builder.attributes.ties() if cls.sample is root else ()
-        blocks.append("\n".join(Writer(classes, cls).text(ties)))
+        writer = Writer(classes, cls)
+        if cls.sample is root:
+            blocks.append("\n".join(writer.text(builder.attributes.ties(), label)))
+        else:
+            blocks.append("\n".join(writer.text()))
     code = "\n\n\n".join(blocks) + "\n"
     words = format_header(header) if isinstance(header, StageHeader) else header
     title = words or f"Stage {stage.index} of {depth}."
