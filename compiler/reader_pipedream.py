@@ -25,7 +25,7 @@ def read_pipedream(text: str, bandwidth: float) -> LoadProblem:
     for number, line in enumerate(text.splitlines(), 1):
         fields = line.strip().split(" -- ")
         if line.startswith("\t") and len(fields) == 2:
-            edges.append((number, *fields))
+            edges.append((number, fields[0], fields[1]))
         elif len(fields) in (3, 4):
             name, description, costs = fields[:3]
             if name in nodes:
