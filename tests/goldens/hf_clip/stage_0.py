@@ -1,0 +1,223 @@
+"""Stage 0 of 2: CLIPModel on rank 0.
+
+vision_model.embeddings, vision_model.pre_layrnorm, vision_model.encoder, text_model.embeddings,
+text_model.encoder.layers.0.layer_norm1, text_model.encoder.layers.0.self_attn
+
+parameters  36.5 k
+forward     221 us, 2.35 MFLOP
+backward    222 us, 4.31 MFLOP, busy 99.2 % of the period
+memory      1005 MiB of 16.0 GiB
+            = weights 285 KiB + gradients 142 KiB + optimizer 285 KiB + stash 430 KiB +
+            buffers 13.3 KiB + transient 51.0 KiB + reserve 1004 MiB
+
+sends       vision_model_encoder: f32[2, 17, 32], 4.25 KiB to stage 1
+sends       text_model_encoder_layers_0_add: f32[2, 12, 24], 2.25 KiB to stage 1
+sends       text_model_to: i32[2, 12], 96 B to stage 1
+
+Written by p2bw 0.1.0 from examples/hf_clip.py:tiny. Imports only torch; yours to read, change and run.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """vision_model.embeddings (modeling_clip.py:209)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(32))
+        self.register_buffer(
+            "position_ids",
+            torch.zeros(1, 17, dtype=torch.int64),
+            persistent=False,
+        )
+        self.patch_embedding = nn.Conv2d(3, 32, 8, stride=8, bias=False)
+        self.position_embedding = nn.Embedding(17, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patch_embedding = self.patch_embedding(x).flatten(2).transpose(1, 2)  # f32[2, 16, 32]
+        x = self.class_embedding.expand(2, 1, -1)  # f32[2, 1, 32]
+        x = torch.cat((x, patch_embedding), dim=1)  # f32[2, 17, 32]
+        return x + self.position_embedding(self.position_ids)
+
+
+class CLIPAttention(nn.Module):
+    """vision_model.encoder.layers.0.self_attn .. vision_model.encoder.layers.1.self_attn
+    (modeling_clip.py:309).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(32, 32)
+        self.k_proj = nn.Linear(32, 32)
+        self.v_proj = nn.Linear(32, 32)
+        self.out_proj = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x)  # f32[2, 17, 32]
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        q = q.view(2, 17, -1, 8).transpose(1, 2)  # f32[2, 4, 17, 8]
+        k = k.view(2, 17, -1, 8).transpose(1, 2)
+        v = v.view(2, 17, -1, 8).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3535533905932738)
+        y = y.reshape(2, -1, 17, 8).transpose(1, 2).reshape(2, 17, -1)  # f32[2, 17, 32]
+        return self.out_proj(y)
+
+
+class QuickGELUActivation(nn.Module):
+    """vision_model.encoder.layers.0.mlp.activation_fn ..
+    vision_model.encoder.layers.1.mlp.activation_fn (activations.py:123).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x * 1.702).sigmoid()  # f32[2, 17, 128]
+
+
+class CLIPMLP(nn.Module):
+    """vision_model.encoder.layers.0.mlp .. vision_model.encoder.layers.1.mlp
+    (modeling_clip.py:347).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(32, 128)
+        self.activation_fn = QuickGELUActivation()
+        self.fc2 = nn.Linear(128, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))  # f32[2, 17, 32]
+
+
+class CLIPEncoderLayer(nn.Module):
+    """vision_model.encoder.layers.0 .. vision_model.encoder.layers.1 (modeling_clip.py:370)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(32)
+        self.self_attn = CLIPAttention()
+        self.layer_norm2 = nn.LayerNorm(32)
+        self.mlp = CLIPMLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))  # f32[2, 17, 32]
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    """vision_model.encoder (modeling_clip.py:370)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)  # f32[2, 17, 32]
+        return x
+
+
+class CLIPVisionModelHead(nn.Module):
+    """The beginning of vision_model (modeling_clip.py:209)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings()
+        self.pre_layrnorm = nn.LayerNorm(32)
+        self.encoder = CLIPEncoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.pre_layrnorm(self.embeddings(x)))  # f32[2, 17, 32]
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """text_model.embeddings (modeling_clip.py:248)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer(
+            "position_ids",
+            torch.zeros(1, 12, dtype=torch.int64),
+            persistent=False,
+        )
+        self.token_embedding = nn.Embedding(64, 24)
+        self.position_embedding = nn.Embedding(12, 24)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        index = self.position_ids[:]  # i64[1, 12]
+        token_embedding = self.token_embedding(input_ids)  # f32[2, 12, 24]
+        return token_embedding + self.position_embedding(index)
+
+
+class CLIPAttention2(nn.Module):
+    """text_model.encoder.layers.0.self_attn (modeling_clip.py:309)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(24, 24)
+        self.k_proj = nn.Linear(24, 24)
+        self.v_proj = nn.Linear(24, 24)
+        self.out_proj = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x)  # f32[2, 12, 24]
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        q = q.view(2, 12, -1, 6).transpose(1, 2)  # f32[2, 4, 12, 6]
+        k = k.view(2, 12, -1, 6).transpose(1, 2)
+        v = v.view(2, 12, -1, 6).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.408248290463863)
+        y = y.reshape(2, -1, 12, 6).transpose(1, 2).reshape(2, 12, -1)  # f32[2, 12, 24]
+        return self.out_proj(y)
+
+
+class CLIPEncoderLayerHead(nn.Module):
+    """The beginning of text_model.encoder.layers.0 (modeling_clip.py:370)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(24)
+        self.self_attn = CLIPAttention2()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.self_attn(self.layer_norm1(x))  # f32[2, 12, 24]
+
+
+class CLIPEncoderHead(nn.Module):
+    """The beginning of text_model.encoder (modeling_clip.py:370)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([CLIPEncoderLayerHead()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)  # f32[2, 12, 24]
+
+
+class CLIPTextModelHead(nn.Module):
+    """The beginning of text_model (modeling_clip.py:530)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = CLIPTextEmbeddings()
+        self.encoder = CLIPEncoderHead()
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        input_ids = input_ids.view(-1, 12)  # i64[2, 12]
+        encoder = self.encoder(self.embeddings(input_ids))  # f32[2, 12, 24]
+        input_ids = input_ids.to(torch.int32)  # i32[2, 12]
+        return encoder, input_ids
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_model = CLIPVisionModelHead()
+        self.text_model = CLIPTextModelHead()
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        vision_model_encoder = self.vision_model(pixel_values)  # f32[2, 17, 32]
+        text_model_encoder_layers_0_add, text_model_to = self.text_model(input_ids)
+        return vision_model_encoder, text_model_encoder_layers_0_add, text_model_to

@@ -1,0 +1,159 @@
+"""Stage 1 of 2: CLIPModel on rank 1.
+
+vision_model.post_layernorm, visual_projection, text_model.encoder.layers.0.layer_norm2,
+text_model.encoder.layers.0.mlp, text_model.encoder.layers.1, text_model.final_layer_norm,
+text_projection
+
+parameters  13.5 k
+forward     235 us, 586 kFLOP
+backward    211 us, 1.17 MFLOP, busy 99.9 % of the period
+memory      1004 MiB of 16.0 GiB
+            = weights 105 KiB + gradients 52.6 KiB + optimizer 105 KiB + stash 85.5 KiB +
+            buffers 13.1 KiB + transient 27.0 KiB + reserve 1004 MiB
+
+receives    vision_model_encoder: f32[2, 17, 32], 4.25 KiB from stage 0
+receives    text_model_encoder_layers_0_add: f32[2, 12, 24], 2.25 KiB from stage 0
+receives    text_model_to: i32[2, 12], 96 B from stage 0
+
+Written by p2bw 0.1.0 from examples/hf_clip.py:tiny. Imports only torch; yours to read, change and run.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CLIPVisionModelTail(nn.Module):
+    """The end of vision_model (modeling_clip.py:641)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.post_layernorm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post_layernorm(x[:, 0])  # f32[2, 32]
+
+
+class QuickGELUActivation(nn.Module):
+    """text_model.encoder.layers.0.mlp.activation_fn ..
+    text_model.encoder.layers.1.mlp.activation_fn (activations.py:123).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x * 1.702).sigmoid()  # f32[2, 12, 96]
+
+
+class CLIPMLP(nn.Module):
+    """text_model.encoder.layers.0.mlp .. text_model.encoder.layers.1.mlp (modeling_clip.py:347)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(24, 96)
+        self.activation_fn = QuickGELUActivation()
+        self.fc2 = nn.Linear(96, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))  # f32[2, 12, 24]
+
+
+class CLIPEncoderLayerTail(nn.Module):
+    """The end of text_model.encoder.layers.0 (modeling_clip.py:379)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm2 = nn.LayerNorm(24)
+        self.mlp = CLIPMLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.layer_norm2(x))  # f32[2, 12, 24]
+
+
+class CLIPAttention(nn.Module):
+    """text_model.encoder.layers.1.self_attn (modeling_clip.py:309)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(24, 24)
+        self.k_proj = nn.Linear(24, 24)
+        self.v_proj = nn.Linear(24, 24)
+        self.out_proj = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x)  # f32[2, 12, 24]
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        q = q.view(2, 12, -1, 6).transpose(1, 2)  # f32[2, 4, 12, 6]
+        k = k.view(2, 12, -1, 6).transpose(1, 2)
+        v = v.view(2, 12, -1, 6).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.408248290463863)
+        y = y.reshape(2, -1, 12, 6).transpose(1, 2).reshape(2, 12, -1)  # f32[2, 12, 24]
+        return self.out_proj(y)
+
+
+class CLIPEncoderLayer(nn.Module):
+    """text_model.encoder.layers.1 (modeling_clip.py:370)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(24)
+        self.self_attn = CLIPAttention()
+        self.layer_norm2 = nn.LayerNorm(24)
+        self.mlp = CLIPMLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))  # f32[2, 12, 24]
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoderTail(nn.Module):
+    """The end of text_model.encoder (modeling_clip.py:379)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([CLIPEncoderLayerTail(), CLIPEncoderLayer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)  # f32[2, 12, 24]
+        return x
+
+
+class CLIPTextModelTail(nn.Module):
+    """The end of text_model (modeling_clip.py:379)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = CLIPEncoderTail()
+        self.final_layer_norm = nn.LayerNorm(24)
+
+    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
+        encoder = self.final_layer_norm(self.encoder(x))  # f32[2, 12, 24]
+        positions = torch.arange(2, device=x.device)  # i64[2]
+        return encoder[positions, (x2 == 63).to(torch.int32).argmax(-1)]  # f32[2, 24]
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.vision_model = CLIPVisionModelTail()
+        self.visual_projection = nn.Linear(32, 24, bias=False)
+        self.text_model = CLIPTextModelTail()
+        self.text_projection = nn.Linear(24, 24, bias=False)
+
+    def forward(
+        self,
+        vision_model_encoder: Tensor,
+        text_model_encoder_layers_0_add: Tensor,
+        text_model_to: Tensor,
+    ) -> Tensor:
+        visual_projection = self.visual_projection(self.vision_model(vision_model_encoder))
+        text_model = self.text_model(text_model_encoder_layers_0_add, text_model_to)
+        text_projection = self.text_projection(text_model)
+        x = visual_projection / (visual_projection**2).sum(-1, keepdim=True) ** 0.5
+        y = text_projection / (text_projection**2).sum(-1, keepdim=True) ** 0.5
+        x = y @ x.t() * self.logit_scale.exp()  # f32[2, 2]
+        loss = F.cross_entropy(x, torch.arange(2, device=vision_model_encoder.device))  # f32[]
+        x = x.T  # f32[2, 2]
+        loss2 = F.cross_entropy(x, torch.arange(2, device=vision_model_encoder.device))  # f32[]
+        return (loss + loss2) / 2.0
