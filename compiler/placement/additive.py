@@ -156,16 +156,14 @@ class _Prices:
         self.time, self.cpu_time = sums(loads.time), sums(loads.cpu_time)
         self.size, self.unaccelerated = sums(loads.size), sums(loads.unaccelerated)
         self.memory = loads.memory
-        self.link = np.zeros(len(members))  # what the link after an ideal carries
         self.charged = loads.charge == "stages" and bool(loads.cuts)
-        if not loads.cuts:
+        # What the link after an ideal carries.
+        self.link = np.zeros(len(members)) if self.charged else _crossing(loads, members)
+        if not self.charged:
             return
         cost = np.array([cost for _, cost in loads.cuts], np.float64)
         inside = np.stack([members[:, ends].sum(axis=1) for ends, _ in loads.cuts], axis=1)
         ends = np.array([len(ends) for ends, _ in loads.cuts])
-        if not self.charged:
-            self.link = ((inside > 0) & (inside < ends)) @ cost
-            return
         self.late = (inside > 1) @ cost
         self.all = (inside == ends) @ cost
         before, after = [inside == 0], [((inside == ends) * 1.0 - (inside == 1)) * cost]
@@ -175,10 +173,6 @@ class _Prices:
             after.append((inside[:, some] == count) * cost[some])
         self.before = np.concatenate(before, axis=1).astype(np.float64)
         self.after = np.concatenate(after, axis=1)
-
-    @property
-    def columns(self) -> int:
-        return self.members.shape[1] + (self.before.shape[1] if self.charged else 0)
 
     def steps(self, source: Numbers, target: Numbers) -> tuple[Floats, Floats]:
         """Loads of the steps from each source to each target, on an accelerator and on a CPU."""
@@ -264,7 +258,10 @@ def _relax(
 
 
 def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flags:
-    """Ideal x accelerators x CPUs before it: those that fit below `upper` on both sides."""
+    """Ideal x accelerators x CPUs before it: those that fit below `upper` on both sides.
+
+    A tensor that crosses is paid for on both sides as well, if no CPU takes part.
+    """
     used = np.arange(devices[0] + 1)[:, None], np.arange(devices[1] + 1)
     if upper == np.inf:
         return np.ones((len(members), devices[0] + 1, devices[1] + 1), bool)
@@ -274,9 +271,24 @@ def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flag
     cpu = upper * apt.max(initial=0.0) + free
     room = used[0] * upper + used[1] * cpu
     left = (devices[0] - used[0]) * upper + (devices[1] - used[1]) * cpu
-    before = (members @ loads.time)[:, None, None]
-    result: Flags = (before <= room) & (int(loads.time.sum()) - before <= left)
-    return result
+    crossing = _crossing(loads, members)
+    paid = crossing if loads.charge == "stages" and not devices[1] else np.zeros(len(members))
+    before = members @ loads.time
+    after = int(loads.time.sum()) - before
+    fits: Flags = (before + paid)[:, None, None] <= room
+    fits &= (after + paid)[:, None, None] <= left
+    if loads.charge == "boundaries":
+        fits[crossing >= upper] = False
+    return fits
+
+
+def _crossing(loads: Loads, members: Flags) -> Floats:
+    """Cost of the tensors that some group inside an ideal and some outside take part in."""
+    total = np.zeros(len(members))
+    for ends, cost in loads.cuts:
+        inside = members[:, ends]
+        total += cost * (inside.any(axis=1) & ~inside.all(axis=1))
+    return total
 
 
 def _backtrack(loads: Loads, members: Flags, best: Floats, came: Numbers) -> _Row | None:
