@@ -189,15 +189,17 @@ def compile_model(
 
 
 def _checked_schedule(schedule: str) -> Schedule:
-    if schedule == "2bw" or schedule == "flush":
-        return schedule
-    raise UsageError(f"--schedule {schedule}: the schedules are 2bw and flush")
+    known: dict[str, Schedule] = {"2bw": "2bw", "flush": "flush"}
+    if schedule not in known:
+        raise UsageError(f"--schedule {schedule}: the schedules are 2bw and flush")
+    return known[schedule]
 
 
 def _checked_recompute(recompute: str) -> Recompute:
-    if recompute == "auto" or recompute == "always" or recompute == "never":
-        return recompute
-    raise UsageError(f"--recompute {recompute}: give auto, always or never")
+    known: dict[str, Recompute] = {"auto": "auto", "always": "always", "never": "never"}
+    if recompute not in known:
+        raise UsageError(f"--recompute {recompute}: give auto, always or never")
+    return known[recompute]
 
 
 def _default_name(path: Path, factory: str) -> str:
@@ -258,7 +260,6 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         compiler.schedule,
     )
     plan = Plan(
-        schema=1,
         p2bw_version=__version__,
         torch_version=torch.__version__.partition("+")[0],
         model=_model_source(compiler.file, program),

@@ -64,11 +64,11 @@ class Verification:
         }
 
 
-class _SeededRandom(TorchDispatchMode):
+class _SeededRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """Seeds the i-th random operator by the i-th of `indices`: its position in the program."""
 
     def __init__(self, indices: Iterator[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.indices = indices
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,7 +121,7 @@ def _lookup(module: nn.Module, name: str) -> Tensor | None:
 def _eager(file: ModelFile, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
     with _SeededRandom(count()):
         loss = file.call(model, inputs, targets)
-    loss.backward()
+    torch.autograd.backward(loss)
     return loss.detach()
 
 

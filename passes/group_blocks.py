@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import chain, pairwise
 from operator import getitem
 
-import networkx as nx  # type: ignore[import-untyped]
+import networkx as nx
 import torch
 from torch import fx
 

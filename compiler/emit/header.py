@@ -108,12 +108,12 @@ def format_header(header: StageHeader) -> str:
         *(("", line.replace(_TIE, " ")) for line in wrapped(f"= {parts}", WIDTH - 12)),
     ]
     table = [f"{name:<10}  {text}".rstrip() for name, text in rows]
-    wires = [_wire("receives", wire, "from") for wire in header.receives]
-    wires += [_wire("sends", wire, "to") for wire in header.sends]
+    wires = [line for wire in header.receives for line in _wire("receives", wire, "from")]
+    wires += [line for wire in header.sends for line in _wire("sends", wire, "to")]
     lines = [*_title(header), "", *table, "", *wires]
     lines += [
         *([""] if wires else []),
-        f"Written by p2bw {plain(header.version)} from {plain(header.origin)}. "
+        f"Written by p2bw {plain(header.version)} from {plain(header.origin)}.",
         "Imports only torch; yours to read, change and run.",
         "",
     ]
@@ -133,6 +133,7 @@ def _outermost(modules: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(path for path in modules if path))
 
 
-def _wire(verb: str, wire: Wire, direction: str) -> str:
+def _wire(verb: str, wire: Wire, direction: str) -> list[str]:
     text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {direction} stage {wire.peer}"
-    return f"{verb:<10}  {text}"
+    first, *more = wrapped(text, WIDTH - 12)
+    return [f"{verb:<10}  {first}", *(f"{'':<10}  {line}" for line in more)]

@@ -189,7 +189,7 @@ def _contract(edges: dict[int, set[int]], together: list[list[int]]) -> list[int
     """
     if not together:
         return list(edges)
-    import networkx as nx  # type: ignore[import-untyped]
+    import networkx as nx
 
     graph = nx.DiGraph()
     graph.add_nodes_from(edges)

@@ -17,7 +17,8 @@ sends       tables_3: f32[2, 8], 64 B to stage 1
 sends       tables_4: f32[2, 8], 64 B to stage 1
 sends       tables_5: f32[2, 8], 64 B to stage 1
 
-Written by p2bw 0.1.0 from examples/dlrm.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/dlrm.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 from torch import Tensor, nn

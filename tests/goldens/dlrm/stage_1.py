@@ -17,7 +17,8 @@ receives    tables_3: f32[2, 8], 64 B from stage 0
 receives    tables_4: f32[2, 8], 64 B from stage 0
 receives    tables_5: f32[2, 8], 64 B from stage 0
 
-Written by p2bw 0.1.0 from examples/dlrm.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/dlrm.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 from collections import OrderedDict

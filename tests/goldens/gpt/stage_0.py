@@ -12,7 +12,8 @@ memory      1010 MiB of 16.0 GiB
 sends       h_1_add: f32[2, 64, 64], 32.0 KiB to stage 1
 sends       h_1_mlp: f32[2, 64, 64], 32.0 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/gpt.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/gpt.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

@@ -12,7 +12,8 @@ memory      1008 MiB of 16.0 GiB
 receives    h_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
 receives    h_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/gpt.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/gpt.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch.nn.functional as F

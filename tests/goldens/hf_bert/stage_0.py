@@ -13,7 +13,8 @@ sends       bert_expand: bool[2, 1, 16, 16], 512 B to stage 1
 sends       bert_encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB to stage 1
 sends       bert_encoder_layer_0_intermediate: f32[2, 16, 128], 16.0 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_bert.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_bert.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

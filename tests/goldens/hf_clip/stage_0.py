@@ -14,7 +14,8 @@ sends       vision_model_encoder: f32[2, 17, 32], 4.25 KiB to stage 1
 sends       text_model_encoder_layers_0_add: f32[2, 12, 24], 2.25 KiB to stage 1
 sends       text_model_to: i32[2, 12], 96 B to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_clip.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_clip.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

@@ -15,7 +15,8 @@ sends       transformer_h_0_add: f32[2, 16, 32], 4.00 KiB to stage 1
 sends       transformer_h_0_mlp_act_mul: f32[2, 16, 128], 16.0 KiB to stage 1
 sends       transformer_h_0_mlp_act_tanh: f32[2, 16, 128], 16.0 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_gpt2.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_gpt2.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

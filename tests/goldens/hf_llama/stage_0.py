@@ -16,7 +16,8 @@ sends       model_layers_0_mlp: f32[2, 16, 32], 4.00 KiB to stage 1
 sends       model_layers_1_self_attn_unsqueeze: f32[1, 1, 16, 8], 512 B to stage 1
 sends       model_layers_1_self_attn_unsqueeze_2: f32[1, 1, 16, 8], 512 B to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_llama.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_llama.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

@@ -22,7 +22,8 @@ sends       decoder_block_0_layer_1_EncDecAttention_view_3: f32[2, 32, 4, 8], 8.
 sends       decoder_block_1_layer_1_EncDecAttention_view_2: f32[2, 32, 4, 8], 8.00 KiB to stage 1
 sends       decoder_block_1_layer_1_EncDecAttention_view_3: f32[2, 32, 4, 8], 8.00 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_t5.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_t5.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

@@ -12,7 +12,8 @@ memory      1004 MiB of 16.0 GiB
 receives    vit_layers_0_add: f32[2, 17, 32], 4.25 KiB from stage 0
 receives    vit_layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/hf_vit.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_vit.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch.nn.functional as F

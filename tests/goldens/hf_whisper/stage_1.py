@@ -20,10 +20,13 @@ receives    model_decoder_layers_0_self_attn_view_2: f32[2, 12, 4, 8], 3.00 KiB 
 receives    model_decoder_layers_0_self_attn_view_3: f32[2, 12, 4, 8], 3.00 KiB from stage 0
 receives    model_decoder_layers_0_encoder_attn_view_2: f32[2, 20, 4, 8], 5.00 KiB from stage 0
 receives    model_decoder_layers_0_encoder_attn_view_3: f32[2, 20, 4, 8], 5.00 KiB from stage 0
-receives    model_decoder_layers_1_encoder_attn_contiguous_2: f32[2, 4, 20, 8], 5.00 KiB from stage 0
-receives    model_decoder_layers_1_encoder_attn_contiguous_3: f32[2, 4, 20, 8], 5.00 KiB from stage 0
+receives    model_decoder_layers_1_encoder_attn_contiguous_2: f32[2, 4, 20, 8], 5.00 KiB from stage
+            0
+receives    model_decoder_layers_1_encoder_attn_contiguous_3: f32[2, 4, 20, 8], 5.00 KiB from stage
+            0
 
-Written by p2bw 0.1.0 from examples/hf_whisper.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_whisper.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

@@ -11,7 +11,8 @@ memory      1004 MiB of 16.0 GiB
 
 receives    relu_3: f32[2, 32], 256 B from stage 0
 
-Written by p2bw 0.1.0 from examples/mlp.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/mlp.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch.nn.functional as F

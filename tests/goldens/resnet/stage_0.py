@@ -12,7 +12,8 @@ memory      1004 MiB of 16.0 GiB
 sends       blocks_1_relu: f32[2, 16, 8, 8], 8.00 KiB to stage 1
 sends       blocks_1_downsample: f32[2, 64, 4, 4], 8.00 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/resnet.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/resnet.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 from torch import Tensor, nn

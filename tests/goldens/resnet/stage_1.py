@@ -12,7 +12,8 @@ memory      1004 MiB of 16.0 GiB
 receives    blocks_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
 receives    blocks_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/resnet.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/resnet.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch.nn.functional as F

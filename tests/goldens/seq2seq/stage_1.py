@@ -12,7 +12,8 @@ memory      1004 MiB of 16.0 GiB
 receives    encoder: f32[2, 50, 16], 6.25 KiB from stage 0
 receives    decoder_first_2: f32[2, 48, 16], 6.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/seq2seq.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/seq2seq.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch

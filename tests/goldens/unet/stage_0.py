@@ -14,7 +14,8 @@ sends       down_1: f32[2, 16, 8, 8], 8.00 KiB to stage 1
 sends       down_2: f32[2, 32, 4, 4], 4.00 KiB to stage 1
 sends       bottom_4: f32[2, 64, 2, 2], 2.00 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/unet.py:tiny. Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/unet.py:tiny.
+Imports only torch; yours to read, change and run.
 """
 
 import torch.nn.functional as F
