@@ -36,6 +36,7 @@ def test_the_stages_compute_what_the_model_computes(
 
 
 def test_emitted_code_is_as_ruff_wants_it(tmp_path: Path) -> None:
+    pytest.importorskip("ruff")
     for name in PATHS:
         _, program = example(name)
         for depth, seed in ((1, None), (3, 0)):

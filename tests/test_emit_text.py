@@ -53,6 +53,7 @@ def _larger(inner: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
 def test_lines_are_as_ruff_formats_them(
     expressions: list[Node], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    pytest.importorskip("ruff")
     path: Path = tmp_path_factory.mktemp("lines") / "lines.py"
     lines = [line for e in expressions for line in lay_out("y = ", e, 0) if _is_laid_out(e)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
