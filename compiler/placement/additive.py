@@ -100,7 +100,7 @@ def _program(loads: Loads, devices: State, row: _Row | None) -> tuple[_Row | Non
     """What CP-SAT makes of a placement along the topological orders, and its bound."""
     from p2bw.compiler.placement.additive_cpsat import solve_program
 
-    everything = int(loads.time.sum() + loads.cpu_time.sum()) + sum(c for _, c in loads.cuts)
+    everything = 1 + int((loads.time + loads.cpu_time).sum()) + sum(c for _, c in loads.cuts)
     upper = row.busiest if row else float(everything)
     found = solve_program(loads, devices, upper, DETERMINISTIC_S)
     if found.stages is not None:
@@ -198,7 +198,7 @@ def _sweep(loads: Loads, family: Family, devices: State, upper: float) -> _Row |
     prices = _Prices(loads, members)
     best = np.full(open_.shape, np.inf)
     best[0, 0, 0] = 0.0
-    came = np.zeros((*open_.shape, 2), np.int32)  # from which ideal; 1: by a CPU
+    came = np.zeros(open_.shape, np.int64)  # twice the ideal before, and 1 if by a CPU
     for levels in _batches(members):
         target = np.arange(levels[0], levels[-1])
         near = prices.time[: levels[-1]] > prices.time[target].min() - upper
@@ -210,9 +210,12 @@ def _sweep(loads: Loads, family: Family, devices: State, upper: float) -> _Row |
         for first, last in pairwise(levels):
             rows, columns = source < first, slice(first - levels[0], last - levels[0])
             here = [busy[rows, columns] for busy in steps]
-            for state in np.argwhere(open_[first:last].any(axis=0)).tolist():
-                for by_cpu in (0, 1):
-                    _relax(best, came, source[rows], first, here[by_cpu], tuple(state), by_cpu)
+            for a, c in np.argwhere(open_[first:last].any(axis=0)).tolist():
+                now = best[first:last, a, c], came[first:last, a, c]
+                if a:
+                    _relax(now, best[:, a - 1, c], source[rows], here[0], 0)
+                if c:
+                    _relax(now, best[:, a, c - 1], source[rows], here[1], 1)
             found = best[first:last]
             np.maximum(found, prices.link[first:last, None, None], out=found)
             found[~open_[first:last] | (found >= upper)] = np.inf
@@ -232,29 +235,19 @@ def _batches(members: Flags) -> Iterator[list[int]]:
 
 
 def _relax(
-    best: Floats,
-    came: Numbers,
-    source: Numbers,
-    first: int,
-    steps: Floats,
-    state: tuple[int, ...],
-    by_cpu: int,
+    now: tuple[Floats, Numbers], earlier: Floats, source: Numbers, steps: Floats, by_cpu: int
 ) -> None:
-    """Reach the ideals from `first` on in a state, from the sources with one device less."""
-    earlier = (state[0] - (1 - by_cpu), state[1] - by_cpu)
-    if min(earlier) < 0:
+    """Reach ideals (views of their best and whence it came) from the sources by one more device."""
+    reached = np.isfinite(earlier[source])
+    if not reached.any():
         return
-    so_far = best[source, *earlier]
-    here = np.isfinite(so_far)
-    if not here.any():
-        return
-    busiest = np.maximum(so_far[here, None], steps[here])
+    source = source[reached]
+    busiest = np.maximum(earlier[source][:, None], steps[reached])
     choice = busiest.argmin(axis=0)
     found = busiest[choice, np.arange(len(choice))]
-    better = np.flatnonzero(found < best[first : first + len(found), *state])
-    best[first + better, *state] = found[better]
-    came[first + better, *state, 0] = source[here][choice[better]]
-    came[first + better, *state, 1] = by_cpu
+    better = found < now[0]
+    now[0][better] = found[better]
+    now[1][better] = 2 * source[choice[better]] + by_cpu
 
 
 def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flags:
@@ -301,7 +294,7 @@ def _backtrack(loads: Loads, members: Flags, best: Floats, came: Numbers) -> _Ro
     stages = np.zeros(members.shape[1], np.int64)
     kinds: list[Kind] = []
     while ideal:
-        ideal, by_cpu = map(int, came[ideal, accelerators, cpus])
+        ideal, by_cpu = divmod(int(came[ideal, accelerators, cpus]), 2)
         accelerators, cpus = accelerators - (1 - by_cpu), cpus - by_cpu
         stages += ~members[ideal]
         kinds.append("cpu" if by_cpu else "accelerator")
