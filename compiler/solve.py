@@ -116,7 +116,7 @@ def _solve_blocks(problem: PlacementProblem, stages: int | None, started: float)
 def _solve_loads(problem: LoadProblem, devices: int, cpus: int, started: float) -> Solution:
     found = solve_loads(problem, devices, cpus)
     names = [node.name for node in problem.nodes]
-    beside = f" and {cpus} CPUs" if cpus else ""
+    beside = f" and {cpus} CPU{'s' if cpus > 1 else ''}" if cpus else ""
     return Solution(
         status="optimal" if found.bound >= found.objective * (1 - TOLERANCE) else "feasible",
         objective=found.objective,
