@@ -230,11 +230,8 @@ def _binary(node: Binary) -> str:
     strength = _BINARY[node.op]
     if node.op == "**":  # binds to the right, and hugs simple operands
         left, right = _operand(node.left, _ATOM), _operand(node.right, _UNARY)
-        return (
-            f"{left}**{right}"
-            if _simple(node.left) and _simple(node.right)
-            else f"{left} ** {right}"
-        )
+        hugs = _simple(node.left) and _simple(node.right) and not left.startswith("(")
+        return f"{left}**{right}" if hugs else f"{left} ** {right}"
     # Comparisons do not associate: a == b == c is a chain.
     left = _operand(node.left, strength + (strength == _COMPARE))
     return f"{left} {node.op} {_operand(node.right, strength + 1)}"
