@@ -151,7 +151,7 @@ def print_solution(solution: Solution) -> None:
     for name in ("stage", "device", "replicas", "load", "memory", "blocks"):
         table.add_column(name, justify="left" if name in ("device", "blocks") else "right")
     for k, stage in enumerate(solution.stages):
-        blocks = [name for name, place in solution.assignment.items() if place == k]
+        blocks = [name[:32] for name, place in solution.assignment.items() if place == k]
         shown = ", ".join(blocks[:4]) + (f" .. {blocks[-1]}" if len(blocks) > 4 else "")
         memory = units.data(round(stage.memory))
         row = (str(k), stage.device, str(stage.replicas), f"{stage.load:.6g}", memory)
