@@ -148,7 +148,7 @@ def test_the_gpt_learns_the_text() -> None:
     optimizer = file.module.optimizer(list(model.parameters()))
     scheduler = file.module.scheduler(optimizer)
     losses = []
-    for inputs, targets in itertools.islice(file.module.data(8, 0), 60):
+    for inputs, targets in itertools.islice(file.module.data(8, 0), 100):
         loss = file.module.loss(model(*inputs), *targets)
         optimizer.zero_grad()
         loss.backward()
