@@ -73,11 +73,10 @@ class _Compiler:
             with self.phase("trace"):
                 self.say(f"tracing {self.file.path.name} at microbatch {batch_size}")
                 program = trace(self.file, batch_size)
+                self._dump(program)
             with self.phase("passes"):
                 self.say("annotating costs and memory")
-                program = run_passes(
-                    program, pipeline(self.topology.device), after=self._dumped(batch_size)
-                )
+                program = run_passes(program, pipeline(self.topology.device), after=self._dump)
                 for other in self.programs.values():
                     if other.facts.keys() == program.facts.keys():
                         program = replace(program, blocks=other.blocks)
@@ -85,15 +84,12 @@ class _Compiler:
             self.programs[batch_size] = program
         return self.programs[batch_size]
 
-    def _dumped(self, batch_size: int) -> Callable[[Program], None]:
-        def after(program: Program) -> None:
-            if self.dump_folder is not None and not self.programs:
-                self.dump_folder.mkdir(parents=True, exist_ok=True)
-                number = len(program.history) - 1
-                name = f"{number:02}_{program.history[-1]}.txt"
-                (self.dump_folder / name).write_text(dump(program), encoding="utf-8")
-
-        return after
+    def _dump(self, program: Program) -> None:
+        """Write the program as it is now, for --dump-passes; one microbatch size is enough."""
+        if self.dump_folder is not None and not self.programs:
+            self.dump_folder.mkdir(parents=True, exist_ok=True)
+            name = f"{len(program.history) - 1:02}_{program.history[-1]}.txt"
+            (self.dump_folder / name).write_text(dump(program), encoding="utf-8")
 
     def problem(self, batch_size: int) -> PlacementProblem:
         if batch_size not in self.problems:

@@ -104,13 +104,20 @@ def test_usage_errors_exit_2(arguments: tuple[str, ...], tmp_path: Path) -> None
 
 def test_compile_show_and_verify_speak_json_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(GOOD)
-    options = ("--gpus", "2", "--depth", "2", "--microbatch", "3", "--json")
+    options = ("--gpus", "2", "--depth", "2", "--microbatch", "3", "--dump-passes", "d", "--json")
     done = p2bw("compile", "model.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
     assert compiled["depth"] == 2
     assert compiled["artifact"] == "build/model"
     assert {"load", "trace", "passes", "solve", "emit"} <= compiled["seconds"].keys()
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "00_trace.txt",
+        "01_annotate_autograd.txt",
+        "02_annotate_cost.txt",
+        "03_annotate_time.txt",
+        "04_group_blocks.txt",
+    ]
     artifact = tmp_path / "build" / "model"
     assert {p.name for p in artifact.iterdir()} == {"plan.json", "stages", "source"}
     assert sorted(p.name for p in (artifact / "stages").iterdir()) == ["stage_0.py", "stage_1.py"]
