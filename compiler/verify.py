@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2bw.compiler.plan import Plan, read_plan
-from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
+from p2bw.compiler.plan import Plan, Stage, read_plan
+from p2bw.runtime.artifact import copy_state, find_model_file, load_stage, lookup
+from p2bw.runtime.errors import MismatchError
 from p2bw.runtime.modelfile import ModelFile
 
 TOLERANCE = 1e-6
@@ -110,14 +111,6 @@ def _fp32_cpu() -> Iterator[None]:
         yield
 
 
-def _lookup(module: nn.Module, name: str) -> Tensor | None:
-    """The tensor of a model at a qualified name, registered or a plain attribute."""
-    owner: Any = module
-    for part in name.split("."):
-        owner = getattr(owner, part, None)
-    return owner if isinstance(owner, Tensor) else None
-
-
 def _eager(file: ModelFile, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
     with _SeededRandom(count()):
         loss = file.call(model, inputs, targets)
@@ -134,17 +127,30 @@ def _staged(plan: Plan, stages: Sequence[nn.Module], values: dict[str, Tensor]) 
         arguments = [
             values[name] if name in spec.inputs else arrived[k, name] for name in spec.arguments
         ]
-        with _SeededRandom(iter(spec.random)):
-            results = module(*arguments)
-        named = dict(
-            zip(spec.results, results if isinstance(results, tuple) else (results,), strict=True)
-        )
+        named = _forward(module, spec, arguments)
         produced.append(named)
         for send in spec.sends:
             tensor = named[send.tensor].detach().clone()
             arrived[send.peer, send.tensor] = tensor.requires_grad_(send.gradient)
     loss = _backward(plan, produced, arrived)
     return loss
+
+
+def _forward(module: nn.Module, spec: Stage, arguments: list[Tensor]) -> dict[str, Tensor]:
+    """Results of one stage by name; MismatchError if its code, perhaps edited, cannot give them."""
+    where = f"stages/stage_{spec.index}.py"
+    try:
+        with _SeededRandom(iter(spec.random)):
+            results = module(*arguments)
+    except Exception as error:
+        raise MismatchError(f"{where} fails: {type(error).__name__}: {error}") from error
+    values = results if isinstance(results, tuple) else (results,)
+    if len(values) != len(spec.results) or not all(isinstance(v, Tensor) for v in values):
+        raise MismatchError(
+            f"{where} must return {len(spec.results)} tensors ({', '.join(spec.results)}), "
+            f"it returns {len(values)} values"
+        )
+    return dict(zip(spec.results, values, strict=True))
 
 
 def _backward(
@@ -185,7 +191,7 @@ def _compare(
     first_stage: dict[str, int] = {}
     for k, stage in enumerate(stages):
         for name, parameter in stage.named_parameters():
-            canonical = names[id(_lookup(original, name))]
+            canonical = names[id(lookup(original, name))]
             first_stage.setdefault(canonical, k)
             if parameter.grad is not None:
                 known = gradients.get(canonical)
@@ -259,6 +265,6 @@ def _reasons(plan: Plan) -> Callable[[str, int], str]:
 def _buffer_problems(original: nn.Module, stages: Sequence[nn.Module]) -> Iterator[str]:
     for k, stage in enumerate(stages):
         for name, buffer in stage.named_buffers():
-            value = _lookup(original, name)  # None: a constant that only the stage's code knows
+            value = lookup(original, name)  # None: a constant that only the stage's code knows
             if value is not None and not torch.equal(value, buffer):
                 yield f"buffer {name} of stage {k} differs after the forward pass"

@@ -96,7 +96,7 @@ def copy_state(model: nn.Module, stage: nn.Module) -> None:
     parameters = {name for name, _ in stage.named_parameters()}
     with torch.no_grad():
         for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
-            value = _lookup(model, name)
+            value = lookup(model, name)
             if value is None:
                 if name in parameters:
                     raise MismatchError(f"the stage has {name!r}, which the model has not")
@@ -110,7 +110,8 @@ def copy_state(model: nn.Module, stage: nn.Module) -> None:
             tensor.requires_grad_(value.requires_grad)
 
 
-def _lookup(model: nn.Module, name: str) -> Tensor | None:
+def lookup(model: nn.Module, name: str) -> Tensor | None:
+    """The tensor of a model at a qualified name, registered or a plain attribute."""
     owner: Any = model
     for part in name.split("."):
         owner = getattr(owner, part, None)

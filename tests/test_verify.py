@@ -1,12 +1,15 @@
 """Every architecture, cut into 2 and 4 stages, against eager PyTorch: loss and every gradient."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from corpus import CORPUS
 
 from p2bw.compiler.driver import Compiled
 from p2bw.compiler.verify import TOLERANCE, verify
+from p2bw.runtime.errors import MismatchError
 
 # Where the gradient of one tensor is a sum of three or more terms from different stages (an
 # encoder's output that every decoder layer reads), adding them stage by stage rounds differently.
@@ -27,3 +30,19 @@ def test_the_stages_compute_what_the_model_computes(
         assert all(d.reason and d.max_rel <= TOLERANCE for d in result.differences)
     else:
         assert result.bitwise == result.compared
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [("return None", "must return 1 tensors"), ("return labels + nonsense", "stage_1.py fails")],
+)
+def test_an_edit_that_cannot_work_is_said_to_be_one(
+    edit: str, says: str, compiled: Callable[[str, int], Compiled], tmp_path: Path
+) -> None:
+    artifact = tmp_path / "mlp"
+    shutil.copytree(compiled("mlp", 2).artifact, artifact)
+    stage = artifact / "stages" / "stage_1.py"
+    head, _, _ = stage.read_text().rpartition("return ")
+    stage.write_text(f"{head}{edit}\n")
+    with pytest.raises(MismatchError, match=says):
+        verify(artifact)
