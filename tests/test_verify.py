@@ -11,9 +11,9 @@ from p2bw.compiler.driver import Compiled
 from p2bw.compiler.verify import TOLERANCE, verify
 from p2bw.runtime.errors import MismatchError
 
-# Where the gradient of one tensor is a sum of three or more terms from different stages (an
-# encoder's output that every decoder layer reads), adding them stage by stage rounds differently.
-ANOTHER_ORDER = {("hf_t5", 4), ("hf_whisper", 4), ("hf_llama", 4), ("hf_t5", 2), ("hf_whisper", 2)}
+# T5's embedding serves the encoder, the decoder and the head: three terms on two stages, added
+# stage by stage here and term by term in eager, which rounds differently.
+ANOTHER_ORDER = {("hf_t5", 2), ("hf_t5", 4)}
 
 
 @pytest.mark.parametrize("depth", [2, 4])
