@@ -20,7 +20,7 @@ from p2bw.compiler.placement.result import Placement, Progress
 from p2bw.compiler.placement.search import solve
 from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
 from p2bw.compiler.problem import PlacementProblem, interpolate
-from p2bw.compiler.program import Program
+from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
@@ -57,6 +57,7 @@ class _Compiler:
     seconds: dict[str, float] = field(default_factory=dict)
     programs: dict[int, Program] = field(default_factory=dict)
     problems: dict[int, PlacementProblem] = field(default_factory=dict)
+    optimizer: Mapping[TensorType, int] | None = None  # bytes of its state, by type of parameter
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,12 +96,14 @@ class _Compiler:
         if batch_size not in self.problems:
             program = self.program(batch_size)
             with self.phase("passes"):
+                if self.optimizer is None:  # its state does not depend on the microbatch
+                    self.optimizer = optimizer_bytes(self.file, program.parameters.values())
                 self.problems[batch_size] = placement_problem(
                     program,
                     topology=self.topology,
                     schedule=self.schedule,
                     microbatches=self.microbatches,
-                    optimizer=optimizer_bytes(self.file, program.parameters.values()),
+                    optimizer=self.optimizer,
                 )
         return self.problems[batch_size]
 
@@ -303,4 +306,4 @@ def _relative(path: Path) -> str:
 
 def _source(file: ModelFile) -> dict[str, bytes]:
     """A copy of the model file, so that an artifact can be moved and still be run."""
-    return {f"source/{file.path.name}": file.path.read_bytes()}
+    return {f"source/{file.path.name}": file.source}

@@ -9,7 +9,7 @@ from torch import fx
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.problem import BlockCost, ParameterCost, PlacementProblem, TensorCost
 from p2bw.compiler.program import Attribute, Block, Program, TensorType, tensor_arguments
-from p2bw.compiler.storage import storage_of
+from p2bw.compiler.storage import kept_tensor, storage_of
 from p2bw.compiler.topology import Topology
 
 
@@ -89,17 +89,11 @@ def _stash(program: Program, home: Mapping[str, str]) -> dict[str, int]:
     """
     kept: dict[tuple[str, str, str, int], int] = {}
     for node in program.compute_nodes:
-        arguments = tensor_arguments(node)
         for saved in program.fact(node, "saved"):
             if saved.kind == "fresh":
                 kept[home[node.name], "fresh", node.name, saved.index] = saved.bytes
                 continue
-            start = (
-                (arguments[saved.index].name, 0)
-                if saved.kind == "input"
-                else (node.name, saved.index)
-            )
-            maker, output = storage_of(program, *start)
+            maker, output = storage_of(program, *kept_tensor(program, node.name, saved))
             operation = program.node(maker).op
             if operation == "call_function":
                 kept[home[maker], "tensor", maker, output] = saved.bytes

@@ -5,7 +5,7 @@ from operator import getitem
 
 from torch import fx
 
-from p2bw.compiler.program import Program, TensorType, tensor_arguments
+from p2bw.compiler.program import Program, Saved, TensorType, tensor_arguments
 
 Storage = tuple[str, int]  # the node that made it, and which of its tensor outputs
 
@@ -67,16 +67,19 @@ def kept_storages(
     one that only autograd knows. Keys can come more than once, with equal bytes.
     """
     for name in nodes:
-        arguments = tensor_arguments(program.node(name))
         for saved in program.fact(name, "saved"):
             if saved.kind == "fresh":
                 yield ("fresh", name, saved.index), saved.bytes
                 continue
-            start = (
-                (arguments[saved.index].name, 0) if saved.kind == "input" else (name, saved.index)
-            )
-            maker, output = storage_of(program, *start, within=nodes)
+            maker, output = storage_of(program, *kept_tensor(program, name, saved), within=nodes)
             if maker in nodes:
                 yield ("tensor", maker, output), saved.bytes
             elif program.node(maker).op != "get_attr":
                 yield ("tensor", maker, output), program.facts[maker].out[output].bytes
+
+
+def kept_tensor(program: Program, name: str, saved: Saved) -> Storage:
+    """The tensor that a node keeps, one of its arguments or its own outputs: not a fresh one."""
+    if saved.kind == "input":
+        return tensor_arguments(program.node(name))[saved.index].name, 0
+    return name, saved.index

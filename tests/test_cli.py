@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, one clear message, no file."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from p2bw.compiler.driver import compile_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -180,3 +183,19 @@ def test_a_damaged_plan_is_an_invalid_file(damage: str, tmp_path: Path) -> None:
         assert done.returncode == 6, done.stderr
         assert "plan.json" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_artifact_keeps_the_file_that_was_compiled(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(GOOD)
+
+    def edit(message: str) -> None:
+        if message.startswith("placing"):
+            path.write_text(GOOD + "\n# saved again while it was being compiled\n")
+
+    made = compile_model(
+        path, gpus=1, microbatch=2, cluster="p3.16xlarge", out=tmp_path / "out", progress=edit
+    )
+    copy = (made.artifact / "source" / "model.py").read_bytes()
+    assert copy.decode() == GOOD
+    assert hashlib.sha256(copy).hexdigest() == made.plan.model.sha256
