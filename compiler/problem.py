@@ -1,25 +1,37 @@
 """PlacementProblem: what the placement has to know of a model, as plain numbers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from p2bw.compiler.plan import Count, Data, Number, Schedule
-from p2bw.compiler.topology import Topology
+from p2bw.compiler.topology import Topology, check_topology
 from p2bw.runtime.errors import InputFileError, UsageError
 
 Positive = Annotated[int, Field(ge=1)]
 
 
+class Times(Data):
+    """Seconds of one microbatch."""
+
+    forward_s: Number
+    backward_s: Number
+
+
 class BlockCost(Data):
-    """An indivisible part of the model: what one microbatch costs in it."""
+    """An indivisible part of the model: what one microbatch costs in it.
+
+    `forward_s` and `backward_s` are those of `topology.device`; `on` has those of the topology's
+    other kinds of device, by their names.
+    """
 
     name: str
     forward_s: Number
     backward_s: Number
+    on: Mapping[str, Times] = Field(default_factory=dict)
     stash_bytes: Count = 0  # storages made here that autograd keeps for the backward
     transient_bytes: Count = 0  # the most that one forward or backward holds besides
     buffer_bytes: Count = 0  # the model's own buffers and constants
@@ -37,6 +49,7 @@ class ParameterCost(Data):
     gradient_bytes: Count
     optimizer_bytes: Count
     update_s: Number = 0.0  # one optimizer step
+    on: Mapping[str, Number] = Field(default_factory=dict)  # that on other kinds of device
     blocks: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -90,11 +103,23 @@ class PlacementProblem(Data):
         for tensor in self.constraints.never_cut:
             if tensor not in {t.name for t in self.tensors}:
                 raise ValueError(f"constraints.never_cut names no tensor: {tensor!r}")
+        self._check_kinds()
         try:
             TopologicalSorter(self._edges()).prepare()
         except CycleError as error:
             raise ValueError(f"blocks depend on each other: {' <- '.join(error.args[1])}") from None
         return self
+
+    def _check_kinds(self) -> None:
+        check_topology(self.topology)
+        others = {device.name for device in self.topology.kinds[1:]}
+        timed: list[tuple[str, Iterable[str]]] = [(b.name, b.on) for b in self.blocks]
+        timed += [(p.name, p.on) for p in self.parameters if p.update_s or p.on]
+        for name, on in timed:
+            if others - set(on):
+                raise ValueError(f"{name!r} has no times on {min(others - set(on))}: add to `on`")
+            if set(on) - others:
+                raise ValueError(f"{name!r} has times on {min(set(on) - others)}: no device is one")
 
     def _references(self) -> Iterator[tuple[str, str]]:
         for parameter in self.parameters:
@@ -155,16 +180,28 @@ def interpolate(
         return max(0, a - (a - b) * steps // span)
 
     def mixed(a: Item, b: Item) -> Item:
-        changes: dict[str, float] = {}
+        changes: dict[str, Any] = {}
         for field, value in a:
             other = getattr(b, field)
             if isinstance(value, float):
                 changes[field] = number(value, other)
             elif isinstance(value, int) and not isinstance(value, bool):
                 changes[field] = count(value, other)
+            elif field == "on":
+                changes[field] = {kind: between(value[kind], other[kind]) for kind in value}
             else:
                 assert value == other, f"{a} and {b} are not of one model"
         return a.model_copy(update=changes)
+
+    def between(a: Times | float, b: Times | float) -> Times | float:
+        if isinstance(a, Times) and isinstance(b, Times):
+            return Times(
+                forward_s=number(a.forward_s, b.forward_s),
+                backward_s=number(a.backward_s, b.backward_s),
+            )
+        assert not isinstance(a, Times)
+        assert not isinstance(b, Times)
+        return number(a, b)
 
     return first.model_copy(
         update={

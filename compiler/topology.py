@@ -3,6 +3,7 @@
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ DEFAULT_GPUS = 8
 MAX_GPUS = 4096
 
 Count = Annotated[int, Field(ge=1)]
+Vertex = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
 
 
@@ -37,18 +39,74 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """A link between two vertices, `bandwidth` bytes/s each way at the same time."""
+
+    a: Vertex
+    b: Vertex
+    bandwidth: Positive
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Others:
+    """So many devices of another kind."""
+
+    device: Device
+    gpus: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """`gpus` devices of one kind, ranks 0 .. gpus-1 filling the groups of each level in order."""
+    """`gpus` devices and what joins them.
+
+    Ranks 0 .. gpus-1 are `device`s, but for the last ones: those are `more`, in order. What joins
+    them is a tree of `levels`, whose groups the ranks fill in order; or else a graph of `wires`
+    between vertices: the ranks, and then the `switches`.
+    """
 
     name: str
     device: Device
     gpus: Count
-    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    levels: tuple[Level, ...] = ()
+    more: tuple[Others, ...] = ()
+    wires: tuple[Wire, ...] = ()
+    switches: tuple[str, ...] = ()
 
     @property
     def devices(self) -> tuple[Device, ...]:
         """The device of each rank."""
-        return (self.device,) * self.gpus
+        others = tuple(device for run in self.more for device in (run.device,) * run.gpus)
+        return (self.device,) * (self.gpus - len(others)) + others
+
+    @property
+    def kinds(self) -> tuple[Device, ...]:
+        """The different devices, in the order of the ranks."""
+        found: list[Device] = []
+        for device in (self.device, *(run.device for run in self.more)):
+            if device not in found:
+                found.append(device)
+        return tuple(found)
+
+    @property
+    def uniform(self) -> bool:
+        """All devices are of one kind, in a tree of levels."""
+        return not self.wires and len(self.kinds) == 1
+
+    @property
+    def tiers(self) -> int:
+        """How many levels there are."""
+        return len(self.levels)
+
+    @property
+    def summary(self) -> str:
+        """'8 x v100-16 + 4 x a100-40', for people."""
+        count = Counter(device.name for device in self.devices)
+        return " + ".join(f"{number} x {name}" for name, number in count.items())
+
+    def vertex(self, number: int) -> str:
+        """The name of a vertex of the graph of wires."""
+        return f"GPU{number}" if number < self.gpus else self.switches[number - self.gpus]
 
     def unit(self, rank: int, level: int) -> int:
         """Number of the unit of a level that a rank belongs to."""
@@ -63,7 +121,7 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """Plain data for plan.json."""
         data: dict[str, Any] = _TOPOLOGY.dump_python(self, mode="json")
-        return data
+        return {key: value for key, value in data.items() if key not in _RARE or value}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Topology":
@@ -72,6 +130,31 @@ class Topology:
 
 
 _TOPOLOGY = TypeAdapter(Topology)
+_RARE = ("more", "wires", "switches")  # left out of plans where empty
+
+
+def check_topology(topology: Topology) -> None:
+    """ValueError if a topology contradicts itself."""
+    gpus, vertices = topology.gpus, topology.gpus + len(topology.switches)
+    if sum(run.gpus for run in topology.more) >= gpus:
+        raise ValueError("topology.more has as many devices as topology.gpus")
+    names = [device.name for device in topology.kinds]
+    if len(set(names)) < len(names):
+        raise ValueError(f"topology: two different kinds of device of one name in {names}")
+    if bool(topology.levels) == bool(topology.wires):
+        raise ValueError("topology: give levels or wires")
+    if topology.levels and gpus > math.prod(level.size for level in topology.levels):
+        raise ValueError(f"topology: {gpus} devices do not fit its levels")
+    for i, wire in enumerate(topology.wires):
+        if max(wire.a, wire.b) >= vertices or wire.a == wire.b:
+            raise ValueError(f"topology.wires[{i}] joins no two of {vertices} vertices")
+    if topology.wires:
+        from p2bw.compiler.links import Network
+
+        network = Network(topology)
+        for rank in range(1, gpus):
+            if not network.reaches(0, rank):
+                raise ValueError(f"topology: no way from GPU0 to GPU{rank} that only switches pass")
 
 
 def _node(size: int, gb_s: float) -> Level:

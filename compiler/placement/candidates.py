@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from p2bw.compiler.placement.dp import Recompute, StepCosts, least_by_depth, step_costs
-from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Shape, ring_bytes
+from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Layout, Shape, ring_bytes
 from p2bw.compiler.placement.ideals import MAX_IDEALS, Family, make_family, make_steps
 from p2bw.compiler.placement.instance import PS, Instance, make_instance
 from p2bw.compiler.problem import PlacementProblem
@@ -35,6 +35,7 @@ class Candidate:
     shape: Shape
     bound: float  # samples per second
     stages: tuple[int, ...] | None = None
+    laid_out: Shape | None = None  # where `stages` are, if the shape leaves that open
     closed_by: str = ""  # what showed that nothing better is left in it
 
     def rate(self, busiest_s: float) -> float:
@@ -48,6 +49,10 @@ class Candidate:
         instance = self.model.instance
         samples = self.shape.width * instance.problem.microbatch
         return samples / rate / instance.bubble(self.shape.depth) if rate else float("inf")
+
+    @property
+    def placed(self) -> Shape:
+        return self.laid_out or self.shape
 
     @property
     def order(self) -> tuple[float, ...]:
@@ -96,11 +101,23 @@ def make_shapes(
     return [
         Shape(depth, width, layout)
         for depth in depths or range(1, most + 1)
-        for width in widths or (gpus // depth,)
+        for width in widths or _widths(problem, depth)
         if depth * width <= gpus and depth <= instance.size
-        # Where it makes no difference, only the first.
-        for layout in LAYOUTS[: 1 + (depth > 1 and width > 1 and len(problem.topology.levels) > 1)]
+        for layout in _layouts(problem, depth, width)
     ]
+
+
+def _widths(problem: PlacementProblem, depth: int) -> Iterable[int]:
+    """As many replicas as find room; or fewer, where some devices may be better left out."""
+    most = problem.topology.gpus // depth
+    return (most,) if problem.topology.uniform else range(1, most + 1)
+
+
+def _layouts(problem: PlacementProblem, depth: int, width: int) -> Sequence[Layout]:
+    if not problem.topology.uniform:
+        return ("any",)
+    # Where it makes no difference, only the first.
+    return LAYOUTS[: 1 + (depth > 1 and width > 1 and problem.topology.tiers > 1)]
 
 
 def _check(
@@ -142,17 +159,19 @@ def _least_busy(model: Model, shape: Shape) -> float:
     instance, topology = model.instance, model.instance.problem.topology
     m = instance.problem.microbatches_at(shape.depth)
     again = 2 if model.recompute == "always" else 1
-    work = again * instance.forward_ps + instance.backward_ps
+    work = (again * instance.forward_ps + instance.backward_ps).min(axis=0)
     states = [tied.state for tied in instance.tied]
-    update_ps = int(instance.update_ps.sum()) + sum(state.update_ps for state in states)
+    update_ps = int(instance.update_ps.min(axis=0).sum())
+    update_ps += sum(min(state.update_ps) for state in states)
     gradients = int(instance.gradients.sum()) + sum(state.gradients for state in states)
     ring = ring_bytes(gradients, shape.width, m)
+    fastest = max(map(instance.network.device_bandwidth, range(topology.gpus)))
     bounds = [
         (int(work.sum()) + update_ps / m) / shape.depth / PS,
         int(work.max()) / PS,
-        ring / shape.depth / topology.levels[0].bandwidth,
+        ring / shape.depth / fastest,
     ]
-    for level in range(1, len(topology.levels)):
+    for level in range(1, topology.tiers if shape.layout != "any" else 0):
         # Every gradient goes around its ring; the busiest port has at least the mean load.
         ports = {topology.unit(rank, level) for rank in range(shape.depth * shape.width)}
         crossings = min(_ring_crossings(model, shape, level, k) for k in range(shape.depth))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from p2bw.compiler.links import Port
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate, ring_bytes
 from p2bw.compiler.placement.instance import PS, Instance
@@ -250,8 +251,9 @@ class _Model:
     def _ports(self) -> None:
         """Every device's port, out and in; the replicas of a stage are alike."""
         depth, width = self.shape.depth, self.shape.width
-        bandwidth = self.instance.problem.topology.levels[0].bandwidth
+        bandwidth_of = self.instance.network.device_bandwidth
         for k in range(depth):
+            bandwidth = min(bandwidth_of(self.shape.rank(k, r)) for r in range(width))
             shared = _Sum()
             self._ring(shared, k, (width > 1) / bandwidth)
             self._exchange(shared, k, bandwidth)
@@ -266,27 +268,28 @@ class _Model:
                 self._busy(load)
 
     def _uplinks(self) -> None:
-        """The ports that several devices share, out and in; equal loads once."""
-        shape, topology = self.shape, self.instance.problem.topology
-        for level in range(1, len(topology.levels)):
-            loads: dict[tuple[int, bool], dict[tuple[int, int], int]] = {}
-            for r, j, k in product(range(shape.width), range(shape.depth), range(shape.depth)):
-                # A stage with itself: the ring of its replicas.
-                peer = shape.rank(k, r if j != k else (r + 1) % shape.width)
-                source = topology.unit(shape.rank(j, r), level)
-                target = topology.unit(peer, level)
-                if source != target:
-                    for port in ((source, True), (target, False)):
-                        counts = loads.setdefault(port, defaultdict(int))
-                        counts[j, k] += 1
-            for counted in sorted({tuple(sorted(counts.items())) for counts in loads.values()}):
-                load = _Sum()
-                for (j, k), count in counted:
-                    if j == k:
-                        self._ring(load, k, count / topology.levels[level].bandwidth)
-                    else:
-                        self._flow(load, j, k, count / topology.levels[level].bandwidth)
-                self._busy(load)
+        """Every other port or wire, one way and the other; equal loads once."""
+        shape, network = self.shape, self.instance.network
+        loads: dict[Port, dict[tuple[int, int], int]] = {}
+        for r, j, k in product(range(shape.width), range(shape.depth), range(shape.depth)):
+            # A stage with itself: the ring of its replicas.
+            peer = shape.rank(k, r if j != k else (r + 1) % shape.width)
+            for port in network.route(shape.rank(j, r), peer):
+                if port[0] != 0:
+                    counts = loads.setdefault(port, defaultdict(int))
+                    counts[j, k] += 1
+        different = {
+            (tuple(sorted(counts.items())), network.bandwidth(port))
+            for port, counts in loads.items()
+        }
+        for counted, bandwidth in sorted(different):
+            load = _Sum()
+            for (j, k), count in counted:
+                if j == k:
+                    self._ring(load, k, count / bandwidth)
+                else:
+                    self._flow(load, j, k, count / bandwidth)
+            self._busy(load)
 
     def _flow(self, load: _Sum, source: int, target: int, s_per_byte: float) -> None:
         """Add what stage `source` sends to stage `target`: tensors forward, gradients back."""
@@ -336,13 +339,18 @@ class _Model:
 
     def _compute(self, k: int, again: Any) -> None:
         instance = self.instance
+        for kind in self.shape.kinds(instance, k):
+            self._compute_on(k, kind, again)
+
+    def _compute_on(self, k: int, kind: int, again: Any) -> None:
+        instance = self.instance
         load, more = _Sum(), _Sum()
         base = (instance.forward_ps + instance.backward_ps) / PS + instance.update_ps / PS / self._m
-        self._add(load, [self._ticks(seconds) for seconds in base.tolist()], k)
+        self._add(load, [self._ticks(seconds) for seconds in base[kind].tolist()], k)
         for tied, z in zip(instance.tied, self.z, strict=True):
-            load.add(z[k], self._ticks(tied.state.update_ps / PS / self._m))
+            load.add(z[k], self._ticks(tied.state.update_ps[kind] / PS / self._m))
         more.plus(load)
-        forward = instance.forward_ps / PS
+        forward = instance.forward_ps[kind] / PS
         self._add(more, [self._ticks(seconds) for seconds in forward.tolist()], k)
         if isinstance(again, bool):
             self._busy(more if again else load)
@@ -353,10 +361,11 @@ class _Model:
     def _memory(self, k: int, again: Any) -> None:
         """Memory of stage k within the limit, both rounded in favour of fitting."""
         instance = self.instance
-        unit = max(1, instance.limit // RESOLUTION)
+        room = min(map(instance.room, self.shape.kinds(instance, k)))
+        unit = max(1, room // RESOLUTION)
         in_flight = instance.in_flight(k, self.shape.depth)
         versions = instance.versions(in_flight)
-        fixed = _Sum(instance.reserve // unit)
+        fixed = _Sum()
         state = versions * instance.weights + instance.gradients + instance.optimizer
         self._add(fixed, (state + instance.buffers) // unit, k)
         for tied, z in zip(instance.tied, self.z, strict=True):
@@ -388,7 +397,7 @@ class _Model:
             if isinstance(again, bool) and again != only_if:
                 continue
             total.plus(fixed)
-            constraint = self.model.add(total.expression() <= instance.limit // unit)
+            constraint = self.model.add(total.expression() <= room // unit)
             if not isinstance(again, bool):
                 constraint.only_enforce_if(again if only_if else again.negated())
 

@@ -41,8 +41,9 @@ class StepCosts:
     steps: Steps
     recompute: Recompute
     shape: Shape | None
-    kept_s: Floats  # stash kept
+    kept_s: Floats  # kind of device x step: stash kept
     again_s: Floats  # forward recomputed
+    traffic: Floats  # bytes that a device sends or receives
     fixed: Floats  # bytes besides weights and what is in flight
     first: Numbers  # first and last stage that a step can be
     last: Numbers
@@ -55,20 +56,37 @@ class StepCosts:
             return total + steps.stash + in_flight * steps.received
         return total + in_flight * (steps.stash + steps.saved)
 
-    def seconds(self, in_flight: int, room: int) -> Floats:
-        """Cost of each step with `room` bytes and so many microbatches in flight."""
+    def seconds(self, in_flight: int, kind: int, room: int) -> Floats:
+        """Cost of each step on a kind of device, in `room` bytes of its memory."""
         cost = np.full(len(self.steps.source), np.inf)
         if self.recompute != "never":
-            np.copyto(cost, self.again_s, where=self.memory(in_flight, True) <= room)
+            np.copyto(cost, self.again_s[kind], where=self.memory(in_flight, True) <= room)
         if self.recompute != "always":
-            np.copyto(cost, self.kept_s, where=self.memory(in_flight, False) <= room)
+            np.copyto(cost, self.kept_s[kind], where=self.memory(in_flight, False) <= room)
         return cost
+
+    def least_seconds(self, in_flight: int) -> Floats:
+        """Cost of each step on the kind of device that is best for it."""
+        kinds = range(len(self.kept_s))
+        result: Floats = np.minimum.reduce(
+            [self.seconds(in_flight, kind, self.instance.room(kind)) for kind in kinds]
+        )
+        return result
+
+    def on(self, in_flight: int, kinds: Sequence[int], slack: int = 0) -> Floats:
+        """Cost of each step whose replicas are on several kinds, `slack` bytes kept free."""
+        room = min(map(self.instance.room, kinds)) - slack
+        result: Floats = np.maximum.reduce([self.seconds(in_flight, kind, room) for kind in kinds])
+        return result
 
     def stage(self, k: int, slack: Sequence[int]) -> Floats:
         """Cost of each step as stage k of the shape, `slack` bytes of its memory kept free."""
         assert self.shape is not None
         instance, shape = self.instance, self.shape
-        cost = self.seconds(instance.in_flight(k, shape.depth), instance.limit - slack[k])
+        in_flight = instance.in_flight(k, shape.depth)
+        cost = self.on(in_flight, shape.kinds(instance, k), slack[k])
+        port = min(instance.network.device_bandwidth(shape.rank(k, r)) for r in range(shape.width))
+        np.maximum(cost, self.traffic / port, out=cost)
         cost[(self.first > k) | (self.last < k)] = np.inf
         if self.uplinks and self.uplinks[k]:
             m = instance.problem.microbatches_at(shape.depth)
@@ -88,7 +106,7 @@ def step_costs(
     """The costs of all steps, exact where a placement stays below `upper` seconds."""
     out = steps.sent + steps.received_gradient
     into = steps.received + steps.sent_gradient
-    update_s = np.zeros(len(out))
+    update_s = np.zeros_like(steps.update_s)
     first: Numbers = np.zeros(len(out), np.int64)
     last: Numbers = np.full(len(out), instance.size)
     if shape is not None:
@@ -98,8 +116,9 @@ def step_costs(
         shared += ring_bytes(1, 2, m) * steps.exchanged
         out, into = out + shared, into + shared
         first, last = _windows(instance, steps, shape.depth, upper)
-    port_s = np.maximum(out, into) / instance.problem.topology.levels[0].bandwidth
     compute_s = steps.forward_s + steps.backward_s
+    fastest = max(map(instance.network.device_bandwidth, range(instance.problem.topology.gpus)))
+    port_s = np.maximum(out, into) / fastest
     costs = StepCosts(
         instance,
         steps,
@@ -107,8 +126,8 @@ def step_costs(
         shape,
         kept_s=np.maximum(compute_s + update_s, port_s),
         again_s=np.maximum(compute_s + steps.forward_s + update_s, port_s),
-        fixed=instance.reserve
-        + steps.gradients
+        traffic=np.maximum(out, into),
+        fixed=steps.gradients
         + steps.optimizer
         + steps.buffers
         + steps.transient
@@ -120,17 +139,18 @@ def step_costs(
         last=last,
         uplinks=(),
     )
-    if shape is None:
+    if shape is None or shape.layout == "any":
         return costs
     slack = [0] * shape.depth
     possible = [costs.stage(k, slack) <= upper for k in range(shape.depth)]
-    uplinks = make_uplinks(instance.problem, steps, shape, possible.__getitem__)
+    uplinks = make_uplinks(instance, steps, shape, possible.__getitem__)
     return replace(costs, uplinks=uplinks)
 
 
 def _windows(instance: Instance, steps: Steps, depth: int, upper: float) -> tuple[Numbers, Numbers]:
     """First and last stage that each step can be: what lies before it fits in the stages before."""
-    work_s = (steps.family.members @ (instance.forward_ps + instance.backward_ps)) / PS
+    work = (instance.forward_ps + instance.backward_ps).min(axis=0)
+    work_s = (steps.family.members @ work) / PS
     # As many stages as the work needs; none is empty.
     size = steps.family.members.sum(axis=1)
     before = np.maximum(np.ceil(work_s / upper * (1 - 1e-9)), size > 0).astype(np.int64)
@@ -156,7 +176,7 @@ class Chain:
 def best_chain(costs: StepCosts, slack: Sequence[int], upper: float) -> Chain | None:
     """The least bottleneck, if at most `upper`; ties by bytes crossing, balance, early stages."""
     assert costs.shape is not None
-    rest = _Last(costs.steps, 0.0)
+    rest = Rest(costs.steps, 0.0)
     for k in reversed(range(costs.shape.depth)):
         rest = rest.before(np.maximum(costs.stage(k, slack), rest.after))
     best = float(rest.values[0])
@@ -196,28 +216,28 @@ def least_by_depth(costs: StepCosts, depth: int) -> list[float]:
     One sweep from the back gives all depths: what a stage keeps in flight depends on the number
     of stages after it.
     """
-    limit = costs.instance.limit
 
     def cost(left: int) -> Floats:
-        return costs.seconds(costs.instance.in_flight(0, left), limit)
+        return costs.least_seconds(costs.instance.in_flight(0, left))
 
     return _sweep(costs.steps, depth, cost)
 
 
 def least_memory_by_depth(costs: StepCosts, depth: int) -> list[float]:
     """A lower bound on the bytes that the fullest device of 1 .. depth stages needs."""
+    reserve = costs.instance.reserve
 
     def cost(left: int) -> Floats:
         in_flight = costs.instance.in_flight(0, left)
         if costs.recompute != "auto":
-            return costs.memory(in_flight, costs.recompute == "always")
-        return np.minimum(costs.memory(in_flight, False), costs.memory(in_flight, True))
+            return reserve + costs.memory(in_flight, costs.recompute == "always")
+        return reserve + np.minimum(costs.memory(in_flight, False), costs.memory(in_flight, True))
 
     return _sweep(costs.steps, depth, cost)
 
 
 def _sweep(steps: Steps, depth: int, cost: Callable[[int], Floats]) -> list[float]:
-    rest = _Last(steps, 0.0)
+    rest = Rest(steps, 0.0)
     found = []
     for left in range(1, depth + 1):
         rest = rest.before(np.maximum(cost(left), rest.after))
@@ -225,7 +245,7 @@ def _sweep(steps: Steps, depth: int, cost: Callable[[int], Floats]) -> list[floa
     return found
 
 
-class _Last:
+class Rest:
     """A value of each ideal: the best that the stages from there to the end can do."""
 
     def __init__(self, steps: Steps, at_end: float) -> None:
@@ -240,7 +260,7 @@ class _Last:
         result: Floats = self.values[self._target]
         return result
 
-    def before(self, values: Floats) -> "_Last":
+    def before(self, values: Floats) -> "Rest":
         """One stage earlier: the least of `values` over the steps from each ideal."""
         earlier = copy(self)
         earlier.values = np.full_like(self.values, np.inf)
@@ -255,12 +275,12 @@ def _tidiest(costs: StepCosts, slack: Sequence[int], best: float) -> tuple[int, 
     steps = costs.steps
     members = steps.family.members
     crossing = steps.received + steps.received_gradient
-    square = (steps.forward_s + steps.backward_s) ** 2
+    square = (steps.forward_s[0] + steps.backward_s[0]) ** 2
     # Place 0 has the ideal that takes the most of the first groups.
     order = np.lexsort(~members.T[::-1])
     place = np.empty(len(order))
     place[order] = np.arange(len(order))
-    fewest, evenest = _Last(steps, 0.0), _Last(steps, 0.0)
+    fewest, evenest = Rest(steps, 0.0), Rest(steps, 0.0)
     choices = []
     for k in reversed(range(costs.shape.depth)):
         within = costs.stage(k, slack) <= best

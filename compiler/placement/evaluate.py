@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from p2bw.compiler.placement.instance import PS, Edge, Instance, Numbers
+from p2bw.compiler.links import Port
+from p2bw.compiler.placement.instance import PS, Edge, Instance, Numbers, State
 
 MIN_PERIOD_S = 1 / PS  # so that a model without costs still has a rate
 
-Layout = Literal["stage-major", "pipeline-major"]
-LAYOUTS: tuple[Layout, ...] = ("stage-major", "pipeline-major")
+Layout = Literal["stage-major", "pipeline-major", "any", "listed"]
+LAYOUTS: tuple[Layout, ...] = ("stage-major", "pipeline-major", "any", "listed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +19,36 @@ class Shape:
     """How the pipelines lie on the ranks.
 
     stage-major: the replicas of a stage have adjacent ranks; pipeline-major: the stages of a
-    replica have.
+    replica have; listed: as `ranks` says, by stage and replica; any: still to be decided.
     """
 
     depth: int
     width: int
     layout: Layout = "stage-major"
+    ranks: tuple[tuple[int, ...], ...] = ()
 
     def rank(self, stage: int, replica: int) -> int:
+        if self.ranks:
+            return self.ranks[stage][replica]
         if self.layout == "stage-major":
             return stage * self.width + replica
         return replica * self.depth + stage
 
+    def kinds(self, instance: Instance, stage: int) -> tuple[int, ...]:
+        """The kinds of device that a stage is on; of an open layout, all it could be on."""
+        if self.layout == "any":
+            return tuple(range(len(instance.forward_ps)))
+        if len(instance.forward_ps) == 1:
+            return (0,)
+        return tuple(sorted({instance.kinds[self.rank(stage, r)] for r in range(self.width)}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageNumbers:
-    """Compute per microbatch and peak memory of one stage; `update_s` is a step's share."""
+    """Compute per microbatch and peak memory of one stage; `update_s` is a step's share.
+
+    On devices of several kinds: the times of the slowest, and the limit of the tightest.
+    """
 
     forward_s: float
     backward_s: float
@@ -70,9 +85,7 @@ class StageNumbers:
 class LinkLoad:
     """What one port carries per microbatch, one way."""
 
-    level: str
-    unit: int
-    direction: Literal["out", "in"]
+    name: str
     bytes: float
     seconds: float
 
@@ -232,13 +245,17 @@ def _stage(
         edge.bytes + edge.gradient * sum(reader - k for reader in readers)
         for edge, readers in flows.sent[k]
     )
-    forward_ps = total(instance.forward_ps)
-    update_ps = total(instance.update_ps) + sum(state.update_ps for state in states)
+    kinds, m = shape.kinds(instance, k), instance.problem.microbatches_at(shape.depth)
+    forward_ps, backward_ps, update_ps = max(
+        (_times(instance, own, states, kind) for kind in kinds),
+        key=lambda times: m * (times[0] * (1 + recompute) + times[1]) + times[2],
+    )
+    device = instance.device(min(kinds, key=instance.room))
     return StageNumbers(
         forward_s=forward_ps / PS,
-        backward_s=total(instance.backward_ps) / PS,
+        backward_s=backward_ps / PS,
         recompute_s=forward_ps / PS if recompute else 0.0,
-        update_s=update_ps / PS / instance.problem.microbatches_at(shape.depth),
+        update_s=update_ps / PS / m,
         weights=instance.versions(in_flight)
         * (total(instance.weights) + sum(state.weights for state in states)),
         gradients=total(instance.gradients) + sum(state.gradients for state in states),
@@ -246,22 +263,31 @@ def _stage(
         stash=in_flight * inputs + stash if recompute else in_flight * (stash + saved),
         buffers=total(instance.buffers) + buffers,
         transient=max((int(instance.transient[group]) for group in own), default=0),
-        reserve=instance.reserve,
-        limit=instance.limit,
+        reserve=device.reserve_bytes,
+        limit=device.memory_bytes,
     )
+
+
+def _times(
+    instance: Instance, own: Sequence[int], states: Sequence[State], kind: int
+) -> tuple[int, int, int]:
+    """Picoseconds forward, backward and of an update, on one kind of device."""
+    forward, backward, update = (
+        sum(int(array[kind, group]) for group in own)
+        for array in (instance.forward_ps, instance.backward_ps, instance.update_ps)
+    )
+    update += sum(state.update_ps[kind] for state in states)
+    return forward, backward, update
 
 
 def _links(instance: Instance, shape: Shape, flows: _Flows) -> tuple[LinkLoad, ...]:
     """Every port that carries anything, the innermost level first."""
-    topology = instance.problem.topology
-    loads: dict[tuple[int, int, str], float] = defaultdict(float)
+    network = instance.network
+    loads: dict[Port, float] = defaultdict(float)
 
     def carry(rank: int, peer: int, size: float) -> None:
-        for level in range(len(topology.levels)):
-            source, target = topology.unit(rank, level), topology.unit(peer, level)
-            if source != target:
-                loads[level, source, "out"] += size
-                loads[level, target, "in"] += size
+        for port in network.route(rank, peer):
+            loads[port] += size
 
     for replica in range(shape.width):
         for flow in (flows.tensors, flows.exchange):
@@ -273,14 +299,8 @@ def _links(instance: Instance, shape: Shape, flows: _Flows) -> tuple[LinkLoad, .
                 following = shape.rank(stage, (replica + 1) % shape.width)
                 carry(shape.rank(stage, replica), following, size)
     return tuple(
-        LinkLoad(
-            topology.levels[level].name,
-            unit,
-            "out" if direction == "out" else "in",
-            size,
-            size / topology.levels[level].bandwidth,
-        )
-        for (level, unit, direction), size in sorted(loads.items())
+        LinkLoad(network.name(port), size, size / network.bandwidth(port))
+        for port, size in sorted(loads.items())
     )
 
 

@@ -121,14 +121,14 @@ def _order(needs: list[list[int]], pick: Callable[[list[int]], int]) -> list[int
 class Steps:
     """Every possible stage: the groups between two ideals, and what is known of them alone.
 
-    Arrays are indexed by step and sorted by `source`. Sizes are whole numbers in floats, exact up
-    to 2**53: numpy has no fast matrix product of integers.
+    Arrays are indexed by step (last) and sorted by `source`. Sizes are whole numbers in floats,
+    exact up to 2**53: numpy has no fast matrix product of integers.
     """
 
     family: Family
     source: Numbers
     target: Numbers
-    forward_s: Floats
+    forward_s: Floats  # kind of device x step, as the next two
     backward_s: Floats
     update_s: Floats
     weights: Floats
@@ -148,7 +148,7 @@ class Steps:
     def where(self, mask: Flags) -> "Steps":
         """Only some of the steps."""
         kept = {
-            field.name: getattr(self, field.name)[mask]
+            field.name: getattr(self, field.name)[..., mask]
             for field in fields(self)
             if field.name != "family"
         }
@@ -166,8 +166,8 @@ def make_steps(instance: Instance, family: Family) -> Steps:
     source, target, pinned = source[allowed], target[allowed], pinned[allowed]
 
     def added(values: Numbers) -> Floats:
-        sums = (members @ values).astype(np.float64)  # int64: exact
-        result: Floats = sums[target] - sums[source]
+        sums = (members @ values.T).astype(np.float64).T  # int64: exact
+        result: Floats = sums[..., target] - sums[..., source]
         return result
 
     states = {
@@ -179,7 +179,8 @@ def make_steps(instance: Instance, family: Family) -> Steps:
         users = members[:, tied.groups].sum(axis=1)
         here = users[target] - users[source]
         for field, sizes in states.items():
-            sizes += np.where(here > 0, getattr(tied.state, field), 0)
+            cost = np.array(getattr(tied.state, field))
+            sizes += np.multiply.outer(cost, here > 0)
         exchanged += np.where((here > 0) & (here < len(tied.groups)), tied.state.gradients, 0)
     traffic = _traffic(instance, members, source, target)
     return Steps(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from p2bw.compiler.devices import Device
+from p2bw.compiler.links import Network
 from p2bw.compiler.problem import ParameterCost, PlacementProblem
 from p2bw.runtime.errors import InfeasibleError
 
@@ -25,7 +27,7 @@ class State:
     weights: int
     gradients: int
     optimizer: int
-    update_ps: int
+    update_ps: tuple[int, ...]  # by kind of device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +51,24 @@ class Edge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """What one microbatch costs in each group; arrays are indexed by group."""
+    """What one microbatch costs in each group; arrays are indexed by group.
+
+    Times have a row for each kind of device (`Topology.kinds`).
+    """
 
     problem: PlacementProblem
+    network: Network
+    kinds: tuple[int, ...]  # of each rank
     groups: tuple[tuple[int, ...], ...]  # block numbers
-    forward_ps: Numbers
-    backward_ps: Numbers
+    forward_ps: Numbers  # kind x group
+    backward_ps: Numbers  # kind x group
     stash: Numbers
     transient: Numbers
     buffers: Numbers
     weights: Numbers  # weights .. update_ps: of the parameters that no other group uses
     gradients: Numbers
     optimizer: Numbers
-    update_ps: Numbers
+    update_ps: Numbers  # kind x group
     tied: tuple[Tied, ...]
     edges: tuple[Edge, ...]
     predecessors: tuple[tuple[int, ...], ...]
@@ -72,13 +79,26 @@ class Instance:
     def size(self) -> int:
         return len(self.groups)
 
+    def device(self, kind: int) -> Device:
+        return self.problem.topology.kinds[kind]
+
+    @property
+    def roomiest(self) -> Device:
+        """The kind of device that has the most room."""
+        kinds = self.problem.topology.kinds
+        return max(kinds, key=lambda device: device.memory_bytes - device.reserve_bytes)
+
     @property
     def reserve(self) -> int:
-        return self.problem.topology.device.reserve_bytes
+        return self.roomiest.reserve_bytes
 
     @property
     def limit(self) -> int:
-        return self.problem.topology.device.memory_bytes
+        return self.roomiest.memory_bytes
+
+    def room(self, kind: int) -> int:
+        """Bytes of a device that a stage can have."""
+        return self.device(kind).memory_bytes - self.device(kind).reserve_bytes
 
     def name(self, group: int) -> str:
         """The names of a group's blocks, for messages."""
@@ -143,7 +163,9 @@ def make_instance(problem: PlacementProblem) -> Instance:
 
     transient = np.zeros(len(groups), np.int64)
     np.maximum.at(transient, group_of, [block.transient_bytes for block in problem.blocks])
-    own, tied = _parameters(problem.parameters, number, group_of)
+    kinds = [device.name for device in problem.topology.kinds]
+    forward, backward = _times(problem, kinds)
+    own, update_ps, tied = _parameters(problem.parameters, number, group_of, kinds)
     inner = _edges(problem, number, group_of)
     predecessors: list[set[int]] = [set() for _ in groups]
     for edge in inner:
@@ -152,16 +174,18 @@ def make_instance(problem: PlacementProblem) -> Instance:
     pin, apart = _pinned(problem, number, group_of)
     return Instance(
         problem=problem,
+        network=Network(problem.topology),
+        kinds=tuple(kinds.index(device.name) for device in problem.topology.devices),
         groups=groups,
-        forward_ps=total([round(block.forward_s * PS) for block in problem.blocks]),
-        backward_ps=total([round(block.backward_s * PS) for block in problem.blocks]),
+        forward_ps=np.stack([total(row) for row in forward]),
+        backward_ps=np.stack([total(row) for row in backward]),
         stash=total([block.stash_bytes for block in problem.blocks]),
         buffers=total([block.buffer_bytes for block in problem.blocks]),
         transient=transient,
         weights=own[0],
         gradients=own[1],
         optimizer=own[2],
-        update_ps=own[3],
+        update_ps=update_ps,
         tied=tied,
         edges=inner,
         predecessors=tuple(tuple(sorted(found)) for found in predecessors),
@@ -232,11 +256,23 @@ def _inverse(order: list[int]) -> list[int]:
     return found
 
 
+def _times(problem: PlacementProblem, kinds: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Picoseconds forward and backward: kind x block."""
+    rows = [[block.on.get(kind, block) for block in problem.blocks] for kind in kinds]
+    return (
+        [[round(times.forward_s * PS) for times in row] for row in rows],
+        [[round(times.backward_s * PS) for times in row] for row in rows],
+    )
+
+
 def _parameters(
-    parameters: tuple[ParameterCost, ...], number: dict[str, int], group_of: list[int]
-) -> tuple[Numbers, tuple[Tied, ...]]:
-    """Rows weights, gradients, optimizer, update of each group's own; and the tied ones."""
-    own = np.zeros((4, max(group_of) + 1), np.int64)
+    parameters: tuple[ParameterCost, ...],
+    number: dict[str, int],
+    group_of: list[int],
+    kinds: list[str],
+) -> tuple[Numbers, Numbers, tuple[Tied, ...]]:
+    """Rows weights, gradients, optimizer of each group's own; updates by kind; the tied ones."""
+    own = np.zeros((3 + len(kinds), max(group_of) + 1), np.int64)
     tied: dict[tuple[int, ...], list[int]] = {}
     for parameter in parameters:
         users = tuple(sorted({group_of[number[name]] for name in parameter.blocks}))
@@ -244,14 +280,18 @@ def _parameters(
             parameter.bytes,
             parameter.gradient_bytes,
             parameter.optimizer_bytes,
-            round(parameter.update_s * PS),
+            *(round(parameter.on.get(kind, parameter.update_s) * PS) for kind in kinds),
         ]
         if len(users) == 1:
             own[:, users[0]] += costs
         else:
-            known = tied.setdefault(users, [0, 0, 0, 0])
+            known = tied.setdefault(users, [0] * len(costs))
             tied[users] = [a + b for a, b in zip(known, costs, strict=True)]
-    return own, tuple(Tied(users, State(*costs)) for users, costs in sorted(tied.items()))
+    states = tuple(
+        Tied(users, State(costs[0], costs[1], costs[2], tuple(costs[3:])))
+        for users, costs in sorted(tied.items())
+    )
+    return own[:3], own[3:], states
 
 
 def _edges(

@@ -15,13 +15,14 @@ from p2bw.compiler.placement.candidates import (
     make_shapes,
 )
 from p2bw.compiler.placement.cpsat import solve_shape
-from p2bw.compiler.placement.dp import Recompute, feasible_chain, step_costs
+from p2bw.compiler.placement.dp import Recompute, StepCosts, feasible_chain, step_costs
 from p2bw.compiler.placement.evaluate import (
     Evaluation,
     choose_recompute,
     evaluate,
 )
 from p2bw.compiler.placement.explain import explain_infeasible
+from p2bw.compiler.placement.layouts import best_kinds, improve, lay_out, list_layouts
 from p2bw.compiler.placement.result import Limits, Placement, Progress
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
@@ -92,8 +93,8 @@ def solve_fixed(
 def judge(candidate: Candidate, stages: Sequence[int]) -> tuple[Evaluation, tuple[bool, ...]]:
     """The exact numbers of a placement with the best choice of recomputation."""
     model = candidate.model
-    again = choose_recompute(model.instance, candidate.shape, stages, model.recompute)
-    return evaluate(model.instance, candidate.shape, stages, again), again
+    again = choose_recompute(model.instance, candidate.placed, stages, model.recompute)
+    return evaluate(model.instance, candidate.placed, stages, again), again
 
 
 class _Search:
@@ -123,15 +124,20 @@ class _Search:
             self._report("dynamic program")
             tried.add(id(left[0]))
             unbounded = self.rate == 0
-            self._chain(left[0])
+            chain = self._any_layout if left[0].shape.layout == "any" else self._chain
+            chain(left[0])
             if unbounded and not left[0].closed_by:
-                self._chain(left[0])  # a placement to beat makes the bound tighter
+                chain(left[0])  # a placement to beat makes the bound tighter
 
     def integer_program(self, limit: float) -> None:
         """Settle by CP-SAT what is still open, within a limit of deterministic time."""
         tried: set[int] = set()
         while True:
-            left = [candidate for candidate in self.open() if id(candidate) not in tried]
+            left = [
+                candidate
+                for candidate in self.open()
+                if id(candidate) not in tried and candidate.shape.layout != "any"
+            ]
             if not left:
                 return
             candidate = left[0]
@@ -151,12 +157,38 @@ class _Search:
                 self._offer(candidate, found.stages)
             self._close(candidate, "CP-SAT")
 
+    def _costs(self, candidate: Candidate, upper_s: float) -> StepCosts:
+        model, steps = candidate.model, candidate.model.costs.steps
+        steps = steps.where((steps.forward_s + steps.backward_s).min(axis=0) <= upper_s)
+        return step_costs(model.instance, steps, model.recompute, candidate.shape, upper_s)
+
+    def _any_layout(self, candidate: Candidate) -> None:
+        """Bound all layouts at once; try one of the best; list them all where they are few."""
+        model, shape = candidate.model, candidate.shape
+        instance, upper_s = model.instance, candidate.seconds(self.rate)
+        bound_s, mixes = best_kinds(self._costs(candidate, upper_s), upper_s)
+        if model.family.complete or shape.depth == 1:
+            candidate.bound = min(candidate.bound, self._bound(candidate, min(bound_s, upper_s)))
+        if mixes is not None:
+            tried = Candidate(model, lay_out(instance, shape, mixes), candidate.bound)
+            self._chain(tried)
+            if tried.stages is not None:
+                better = improve(instance, tried.shape, tried.stages, model.recompute)
+                if better != tried.shape:
+                    tried = Candidate(model, better, candidate.bound)
+                    self._chain(tried)
+        self._close(candidate, "dynamic program")
+        layouts = None
+        if not candidate.closed_by:
+            layouts = list_layouts(instance, shape.depth, shape.width)
+        if layouts is not None:
+            candidate.closed_by = "layouts"
+            self.candidates += [Candidate(model, found, candidate.bound) for found in layouts]
+
     def _chain(self, candidate: Candidate) -> None:
         model, shape = candidate.model, candidate.shape
         upper_s = candidate.seconds(self.rate)
-        steps = model.costs.steps
-        steps = steps.where(steps.forward_s + steps.backward_s <= upper_s)
-        costs = step_costs(model.instance, steps, model.recompute, shape, upper_s)
+        costs = self._costs(candidate, upper_s)
         bound_s, stages = feasible_chain(costs, upper_s)
         if model.family.complete or shape.depth == 1:
             candidate.bound = min(candidate.bound, self._bound(candidate, min(bound_s, upper_s)))
@@ -200,7 +232,7 @@ class _Search:
         left = self.open()
         bound = max([self.rate, *(candidate.bound for candidate in left)])
         evaluation, again = judge(self.best, self.best.stages)
-        instance, shape = self.best.model.instance, self.best.shape
+        instance, shape = self.best.model.instance, self.best.placed
         problem = instance.problem
         busy_s = sum(stage.forward_s + stage.backward_s for stage in evaluation.stages)
         return Placement(
@@ -237,7 +269,7 @@ class _Search:
         model = self.candidates[0].model
         topology = model.instance.problem.topology
         return (
-            f"{topology.gpus} x {topology.device.name}, {span} stages, "
+            f"{topology.summary}, {span} stages, "
             f"microbatch {', '.join(map(str, sizes))}, "
             f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
         )

@@ -1,13 +1,16 @@
 """Uplinks: what a stage puts on the ports that several devices share, at least."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
+from p2bw.compiler.links import Port
 from p2bw.compiler.placement.evaluate import Shape, ring_bytes
 from p2bw.compiler.placement.ideals import Flags, Floats, Steps
+from p2bw.compiler.placement.instance import Instance
 from p2bw.compiler.problem import PlacementProblem
 
 Crossings = tuple[int, int, int]
@@ -38,14 +41,14 @@ class Uplink:
 
 
 def make_uplinks(
-    problem: PlacementProblem, steps: Steps, shape: Shape, possible: Callable[[int], Flags]
+    instance: Instance, steps: Steps, shape: Shape, possible: Callable[[int], Flags]
 ) -> tuple[tuple[Uplink, ...], ...]:
     """By stage, the ports it uses; `possible` says which steps can be a stage."""
-    levels = range(1, len(problem.topology.levels))
-    counts = [crossings(problem, shape, level) for level in levels]
-    if not any(counts):
+    ports = list(_shared_ports(instance, shape))
+    if not ports:
         return ((),) * shape.depth
-    ring = ring_bytes(1, shape.width, problem.microbatches_at(shape.depth)) * steps.gradients
+    m = instance.problem.microbatches_at(shape.depth)
+    ring = ring_bytes(1, shape.width, m) * steps.gradients
     columns = np.stack(
         [steps.sent, steps.received_gradient, ring, steps.received, steps.sent_gradient]
     )
@@ -54,15 +57,52 @@ def make_uplinks(
         some = columns[:, possible(k)]
         least.append(some.min(axis=1) if some.size else np.zeros(5))
     found: list[set[Uplink]] = [set() for _ in range(shape.depth)]
-    for level, groups in zip(levels, counts, strict=True):
-        for members in groups.values():
-            for k, (up, down, around) in members.items():
-                others = [(c, least[i]) for i, c in members.items() if i != k]
-                out = sum(c[0] * size[0] + c[1] * size[1] + c[2] * size[2] for c, size in others)
-                into = sum(c[1] * size[3] + c[0] * size[4] + c[2] * size[2] for c, size in others)
-                bandwidth = problem.topology.levels[level].bandwidth
-                found[k].add(Uplink(up, down, around, bandwidth, float(out), float(into)))
+    for bandwidth, members in ports:
+        for k, (up, down, around) in members.items():
+            others = [(c, least[i]) for i, c in members.items() if i != k]
+            out = sum(c[0] * size[0] + c[1] * size[1] + c[2] * size[2] for c, size in others)
+            into = sum(c[1] * size[3] + c[0] * size[4] + c[2] * size[2] for c, size in others)
+            found[k].add(Uplink(up, down, around, bandwidth, float(out), float(into)))
     return tuple(tuple(sorted(ports)) for ports in found)
+
+
+def _shared_ports(instance: Instance, shape: Shape) -> Iterator[tuple[float, dict[int, Crossings]]]:
+    """Bandwidth of each port beyond the devices' own, and by stage how many replicas use it."""
+    topology = instance.problem.topology
+    if topology.wires or shape.ranks:
+        for port, members in _listed_crossings(instance, shape).items():
+            if port[0] != 0:
+                yield instance.network.bandwidth(port), members
+        return
+    for level in range(1, topology.tiers):
+        for members in crossings(instance.problem, shape, level).values():
+            yield topology.levels[level].bandwidth, members
+
+
+def _listed_crossings(instance: Instance, shape: Shape) -> dict[Port, dict[int, Crossings]]:
+    """By port and stage: of how many replicas what goes to any later stage, to any earlier stage,
+    and to the next replica, passes it.
+    """
+    route = instance.network.route
+    found: dict[Port, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0, 0]))
+    for k, replica in product(range(shape.depth), range(shape.width)):
+        own = shape.rank(k, replica)
+        for kind, stages in enumerate((range(k + 1, shape.depth), range(k))):
+            routes = [set(route(own, shape.rank(other, replica))) for other in stages]
+            for port in set.intersection(*routes) if routes else ():
+                found[port][k][kind] += 1
+        for port in route(own, shape.rank(k, (replica + 1) % shape.width)):
+            found[port][k][2] += 1
+            found[_reverse(port)][k][3] += 1
+    return {
+        port: {k: (c[0], c[1], min(c[2:])) for k, c in members.items()}
+        for port, members in found.items()
+    }
+
+
+def _reverse(port: Port) -> Port:
+    level, number, way = port
+    return level, number, 1 - way
 
 
 def crossings(

@@ -12,14 +12,12 @@ TOLERANCE = 1e-6  # periods that differ by less, relatively, are equal
 
 def horizon_s(instance: Instance) -> float:
     """More seconds than any placement is busy for."""
-    topology = instance.problem.topology
     compute = 2 * instance.forward_ps + instance.backward_ps + instance.update_ps
-    seconds = float(compute.sum() + sum(tied.state.update_ps for tied in instance.tied)) / PS
+    seconds = float(compute.sum() + sum(sum(tied.state.update_ps) for tied in instance.tied)) / PS
     moved = sum((edge.bytes + edge.gradient) * len(edge.consumers) for edge in instance.edges)
     moved += 2 * int(instance.gradients.sum())
     moved += sum(2 * tied.state.gradients * (1 + len(tied.groups)) for tied in instance.tied)
-    slowest = min(level.bandwidth for level in topology.levels)
-    return seconds + moved * topology.gpus / slowest or 1.0
+    return seconds + moved * instance.problem.topology.gpus / instance.network.slowest or 1.0
 
 
 def stage_windows(
@@ -30,7 +28,8 @@ def stage_windows(
     All that a group depends on fits in the stages up to its own, and likewise to the other side.
     """
     again = recompute == "always"
-    work_ps = instance.forward_ps * (2 if again else 1) + instance.backward_ps
+    times = instance.forward_ps * (2 if again else 1) + instance.backward_ps
+    work_ps = times.min(axis=0)
     above = np.eye(instance.size, dtype=bool)
     for group, found in enumerate(instance.predecessors):
         for p in found:
