@@ -3,14 +3,17 @@
 import json
 import tomllib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from p2bw import __version__
+
+if TYPE_CHECKING:
+    from p2bw.compiler.placement.stop import Stop
 
 app = typer.Typer(
     name="p2bw",
@@ -24,6 +27,10 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Limit = Annotated[
+    float | None,
+    typer.Option(help="Seconds that the search may take; the best plan so far is kept.  [none]"),
+]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact of compile.")]
 ModelPath = Annotated[
     Path | None, typer.Option("--model", help="The model file, if it has moved.", metavar="FILE")
@@ -109,6 +116,16 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def _stop(limit: float | None, say: Callable[[str], None]) -> "Stop":
+    """Ends a search at the limit or on Ctrl-C, and keeps what it has found."""
+    from p2bw.compiler.placement.stop import Stop
+    from p2bw.runtime.errors import UsageError
+
+    if limit is not None and not 0 < limit < float("inf"):
+        raise UsageError(f"--limit {limit:g}: give seconds, more than 0")
+    return Stop(limit, lambda: say("stopping, the best plan so far is kept; Ctrl-C again aborts"))
+
+
 @app.command("compile")
 def compile_command(
     model: Annotated[str, typer.Argument(metavar="MODEL[:FACTORY]", help="The model file.")],
@@ -137,6 +154,7 @@ def compile_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
     ] = None,
+    limit: Limit = None,
     dump_passes: Annotated[
         Path | None, typer.Option(help="Write the program after each pass to this folder.")
     ] = None,
@@ -168,6 +186,7 @@ def compile_command(
                 microbatch=microbatch,
                 microbatches=microbatches,
                 recompute=recompute,
+                stop=_stop(limit, say),
                 dump_passes=dump_passes,
                 progress=say,
             )
@@ -291,6 +310,7 @@ def solve_command(
         float | None,
         typer.Option(help="Bytes per second between stages, for a PipeDream profile.  [1e9]"),
     ] = None,
+    limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -302,7 +322,14 @@ def solve_command(
         from p2bw.tables import print_solution
 
         with progress(quiet) as say:
-            solution = solve_file(file, stages=stages, cpus=cpus, bandwidth=bandwidth, progress=say)
+            solution = solve_file(
+                file,
+                stages=stages,
+                cpus=cpus,
+                bandwidth=bandwidth,
+                stop=_stop(limit, say),
+                progress=say,
+            )
         if as_json:
             _print_json(solution.to_json())
         elif not quiet:

@@ -16,8 +16,9 @@ from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.optimizer_state import optimizer_bytes
-from p2bw.compiler.placement.result import Placement, Progress
+from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import solve
+from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
 from p2bw.compiler.problem import PlacementProblem, interpolate
 from p2bw.compiler.program import Program, TensorType
@@ -149,13 +150,15 @@ def compile_model(
     microbatch: int | None = None,
     microbatches: int | None = None,
     recompute: str = "auto",
+    stop: Stop | None = None,
     dump_passes: str | Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Compiled:
     """Trace a model file, place it on a topology and write its stages as Python files.
 
-    What is None is searched (depth, width, microbatch), or has the command line's default. Raises
-    the errors of runtime/errors.py; nothing is written unless all has gone well.
+    What is None is searched (depth, width, microbatch), or has the command line's default. `stop`
+    may end the search early; the best plan so far is kept. Raises the errors of runtime/errors.py;
+    nothing is written unless all has gone well.
     """
     checked = _checked_schedule(schedule)
     policy = _checked_recompute(recompute)
@@ -179,7 +182,7 @@ def compile_model(
         dump_folder=Path(dump_passes) if dump_passes is not None else None,
         seconds={"load": round(time.perf_counter() - begin, 3)},
     )
-    placement = _place(compiler, depth, width, microbatch, policy)
+    placement = _place(compiler, depth, width, microbatch, policy, stop or Stop())
     with compiler.phase("emit"):
         progress(f"writing {placement.depth} stages")
         plan, stages = _plan(compiler, placement)
@@ -211,41 +214,43 @@ def _place(
     width: int | None,
     microbatch: int | None,
     recompute: Recompute,
+    stop: Stop,
 ) -> Placement:
     """Search what is not given; judge the winner on a trace at its own microbatch size."""
 
-    def solved(problems: Mapping[int, PlacementProblem], d: int | None, w: int | None) -> Placement:
-        with compiler.phase("solve"):
+    def solved(
+        problems: Mapping[int, PlacementProblem], d: int | None, w: int | None, limits: Limits
+    ) -> Placement:
+        with compiler.phase("solve"), limits.stop:
             compiler.say("placing the stages")
             return solve(
                 problems,
                 depths=None if d is None else (d,),
                 widths=None if w is None else (w,),
                 recompute=recompute,
-                progress=lambda p: compiler.say(_progress_line(p)),
+                limits=limits,
+                progress=lambda p: compiler.say(str(p)),
             )
 
     problems = compiler.candidates(microbatch)
-    found = solved(problems, depth, width)
+    found = solved(problems, depth, width, Limits(stop=stop))
     if found.microbatch in compiler.problems:
         return found
     exact = {found.microbatch: compiler.problem(found.microbatch)}
-    final = solved(exact, found.depth, found.width)
+    # Once it had to stop, the dynamic program alone places the exact problem.
+    stopped = stop()
+    limits = Limits(deterministic_s=0.0) if stopped else Limits(stop=stop)
+    final = solved(exact, found.depth, found.width, limits)
+    space = found.search_space
+    if stop() and not stopped and final.status != "optimal":
+        space += f"; stopped by {stop.reason}"
     bound = max(found.bound, final.bound)
     return replace(
         final,
         bound=bound,
         gap=max(0.0, bound / final.samples_per_s - 1),
         status=found.status if final.status == "optimal" else final.status,
-        search_space=found.search_space,
-    )
-
-
-def _progress_line(progress: Progress) -> str:
-    best = "none" if progress.samples_per_s is None else f"{progress.samples_per_s:.4g}"
-    return (
-        f"placing the stages: {progress.phase} {progress.done}/{progress.total}, best {best} "
-        f"samples/s, bound {progress.bound:.4g}"
+        search_space=space,
     )
 
 

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from p2bw.compiler.placement import solve
+from p2bw.compiler.placement import Limits, solve
 from p2bw.compiler.placement.additive import solve_loads
 from p2bw.compiler.placement.loads import LoadProblem
+from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
@@ -63,6 +64,7 @@ def solve_file(
     stages: int | None = None,
     cpus: int = 0,
     bandwidth: float | None = None,
+    stop: Stop | None = None,
     progress: Say = lambda message: None,
 ) -> Solution:
     """The best placement of a problem file, and the proof.
@@ -82,16 +84,25 @@ def solve_file(
         raise UsageError(f"--cpus {cpus}: {path} does not say how long blocks take on a CPU")
     if isinstance(problem, PlacementProblem):
         progress(f"placing {len(problem.blocks)} blocks")
-        return _solve_blocks(problem, stages, started)
+        with stop or Stop() as stop:
+            return _solve_blocks(problem, stages, started, Limits(stop=stop), progress)
     if stages is None and problem.devices is None:
         raise UsageError(f"{path} does not say how many devices there are; give --stages")
     progress(f"placing {len(problem.nodes)} nodes")
-    return _solve_loads(problem, stages or problem.devices or 1, cpus, started)
+    with stop or Stop() as stop:
+        return _solve_loads(problem, stages or problem.devices or 1, cpus, started, stop)
 
 
-def _solve_blocks(problem: PlacementProblem, stages: int | None, started: float) -> Solution:
+def _solve_blocks(
+    problem: PlacementProblem, stages: int | None, started: float, limits: Limits, say: Say
+) -> Solution:
     depths = None if stages is None else (stages,)
-    found = solve({problem.microbatch: problem}, depths=depths)
+    found = solve(
+        {problem.microbatch: problem},
+        depths=depths,
+        limits=limits,
+        progress=lambda p: say(str(p)),
+    )
     samples = problem.microbatch * found.width
     return Solution(
         status=found.status,
@@ -113,8 +124,10 @@ def _solve_blocks(problem: PlacementProblem, stages: int | None, started: float)
     )
 
 
-def _solve_loads(problem: LoadProblem, devices: int, cpus: int, started: float) -> Solution:
-    found = solve_loads(problem, devices, cpus)
+def _solve_loads(
+    problem: LoadProblem, devices: int, cpus: int, started: float, stop: Stop
+) -> Solution:
+    found = solve_loads(problem, devices, cpus, stop)
     names = [node.name for node in problem.nodes]
     beside = f" and {cpus} CPU{'s' if cpus > 1 else ''}" if cpus else ""
     return Solution(

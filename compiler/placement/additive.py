@@ -27,6 +27,7 @@ from p2bw.compiler.placement.contract import Loads, contract
 from p2bw.compiler.placement.ideals import Family, Flags, Floats, make_family
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.loads import Device, LoadProblem, judge_loads
+from p2bw.compiler.placement.stop import Stop
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 60_000
@@ -57,8 +58,11 @@ class _Row:
     kinds: tuple[Kind, ...]
 
 
-def solve_loads(problem: LoadProblem, devices: int, cpus: int = 0) -> LoadPlacement:
+def solve_loads(
+    problem: LoadProblem, devices: int, cpus: int = 0, stop: Stop | None = None
+) -> LoadPlacement:
     """The placement on at most so many accelerators and CPUs whose busiest device is least so."""
+    stop = stop or Stop()
     loads = contract(problem)
     row = _sweep(loads, make_family(loads, 0), (devices, cpus), np.inf)
     if row is not None:
@@ -66,11 +70,20 @@ def solve_loads(problem: LoadProblem, devices: int, cpus: int = 0) -> LoadPlacem
     family = make_family(loads, MAX_IDEALS)
     bound = np.inf
     if family.complete:
-        row = _sweep(loads, family, (devices, cpus), row.busiest if row else np.inf) or row
         settled_by = f"dynamic program over {len(family.members)} ideals"
+        try:
+            row = (
+                _sweep(loads, family, (devices, cpus), row.busiest if row else np.inf, stop) or row
+            )
+        except _Stopped:
+            bound = _least(loads, (devices, cpus))
     else:
-        row, bound = _program(loads, (devices, cpus), row)
+        row, bound = _program(loads, (devices, cpus), row, stop)
         settled_by = f"integer program over {len(loads.groups)} groups"
+    if bound < np.inf and stop() and (row is None or bound < row.busiest):
+        if row is None:
+            raise stop.error()
+        settled_by += f"; stopped by {stop.reason}"
     if row is None:
         if bound < np.inf:
             raise TimeLimitError("no placement found, and none ruled out; offer more memory")
@@ -96,13 +109,21 @@ def _joined(problem: LoadProblem, upper: float, cpus: int) -> LoadProblem:
     return replace(problem, together=problem.together + dear)
 
 
-def _program(loads: Loads, devices: State, row: _Row | None) -> tuple[_Row | None, float]:
+def _least(loads: Loads, devices: State) -> float:
+    """Steps that the busiest device is busy for at least, by sums alone."""
+    time = np.minimum(loads.time, loads.cpu_time) if devices[1] else loads.time
+    return max(float(time.max(initial=0)), float(time.sum()) / sum(devices))
+
+
+def _program(
+    loads: Loads, devices: State, row: _Row | None, stop: Stop
+) -> tuple[_Row | None, float]:
     """What CP-SAT makes of a placement along the topological orders, and its bound."""
     from p2bw.compiler.placement.additive_cpsat import solve_program
 
     everything = 1 + int((loads.time + loads.cpu_time).sum()) + sum(c for _, c in loads.cuts)
     upper = row.busiest if row else float(everything)
-    found = solve_program(loads, devices, upper, DETERMINISTIC_S)
+    found = solve_program(loads, devices, upper, DETERMINISTIC_S, stop)
     if found.stages is not None:
         kinds: tuple[Kind, ...] = tuple("cpu" if cpu else "accelerator" for cpu in found.cpus)
         better = _judge(loads, found.stages, kinds)
@@ -188,7 +209,13 @@ class _Prices:
         return time, cpu_time
 
 
-def _sweep(loads: Loads, family: Family, devices: State, upper: float) -> _Row | None:
+class _Stopped(Exception):
+    """A sweep had to end before its end."""
+
+
+def _sweep(
+    loads: Loads, family: Family, devices: State, upper: float, stop: Stop | None = None
+) -> _Row | None:
     """The best chain of a family's ideals, if its busiest device is below `upper` steps."""
     open_ = _windows(loads, family.members, devices, upper)
     kept = np.flatnonzero(open_.any(axis=(1, 2)))
@@ -200,6 +227,8 @@ def _sweep(loads: Loads, family: Family, devices: State, upper: float) -> _Row |
     best[0, 0, 0] = 0.0
     came = np.zeros(open_.shape, np.int64)  # twice the ideal before, and 1 if by a CPU
     for levels in _batches(members):
+        if stop is not None and stop():
+            raise _Stopped
         target = np.arange(levels[0], levels[-1])
         near = prices.time[: levels[-1]] > prices.time[target].min() - upper
         if devices[1]:

@@ -17,6 +17,7 @@ from ortools.sat.python import cp_model
 
 from p2bw.compiler.placement.contract import Loads
 from p2bw.compiler.placement.instance import Numbers
+from p2bw.compiler.placement.stop import Stop, run_solver
 from p2bw.compiler.placement.windows import reduction
 
 RESOLUTION = 2**30  # steps from 0 to the upper bound of T
@@ -33,12 +34,14 @@ class Found:
     cpus: tuple[bool, ...]  # by device
 
 
-def solve_program(loads: Loads, devices: tuple[int, int], upper: float, limit: float) -> Found:
+def solve_program(
+    loads: Loads, devices: tuple[int, int], upper: float, limit: float, stop: Stop
+) -> Found:
     """The least busiest device, below `upper`, in a limit of deterministic time.
 
     A bound of infinity: there is nothing below.
     """
-    return _Program(loads, devices, upper).minimise(limit)
+    return _Program(loads, devices, upper).minimise(limit, stop)
 
 
 class _Program:
@@ -133,7 +136,7 @@ class _Program:
         """Loads in whole ticks of the resolution, rounded down."""
         return int(int(steps) * self.scale)
 
-    def minimise(self, limit: float) -> Found:
+    def minimise(self, limit: float, stop: Stop) -> Found:
         if not self.possible:
             return Found(np.inf, None, ())
         self.model.minimize(self.busiest)
@@ -142,7 +145,8 @@ class _Program:
         solver.parameters.num_workers = WORKERS
         solver.parameters.interleave_search = True
         solver.parameters.max_deterministic_time = limit
-        status = solver.solve(self.model)
+        solver.parameters.catch_sigint_signal = False
+        status = run_solver(solver, self.model, stop)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         if status == cp_model.INFEASIBLE:
             return Found(np.inf, None, ())

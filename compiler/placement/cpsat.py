@@ -22,6 +22,7 @@ from p2bw.compiler.links import Port
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate, ring_bytes
 from p2bw.compiler.placement.instance import PS, Instance
+from p2bw.compiler.placement.stop import Stop, run_solver
 from p2bw.compiler.placement.windows import (
     TOLERANCE,
     horizon_s,
@@ -56,6 +57,7 @@ def solve_shape(
     upper_s: float,
     hint: Sequence[int] | None,
     limit: float,
+    stop: Stop,
 ) -> Result:
     """The placement whose busiest resource is busy for the least time, if below `upper_s`."""
     windows = stage_windows(instance, shape.depth, recompute, upper_s)
@@ -65,6 +67,7 @@ def solve_shape(
     if sum(map(len, routes)) > MAX_PAIRS:
         return Result(0.0, None, 0.0)
     model = _Model(instance, shape, recompute, windows, routes, min(upper_s, horizon_s(instance)))
+    model.stop = stop
     model.require_below(upper_s)
     best: tuple[int, ...] | None = None
     spent = bound_s = 0.0
@@ -79,7 +82,7 @@ def solve_shape(
         real = evaluate(instance, shape, hint, again)
         if real.feasible and real.busiest_s < upper_s:
             best, upper_s = hint, real.busiest_s
-        if upper_s <= bound_s * (1 + TOLERANCE) or spent >= limit:
+        if upper_s <= bound_s * (1 + TOLERANCE) or spent >= limit or stop():
             break
         # Rounding, or what the program leaves out, made it look better than it is.
         model.forbid(hint)
@@ -147,6 +150,7 @@ class _Model:
         self.instance = instance
         self.shape = shape
         self.recompute = recompute
+        self.stop = Stop()
         self.windows = windows
         self.routes = routes
         self.model = cp_model.CpModel()
@@ -436,7 +440,7 @@ class _Model:
         """One worker first, which settles most models at once; then several, taking turns."""
         self.model.minimize(self.period)
         found = self._run(hint, limit * ALONE, 1)
-        if found.settled:
+        if found.settled or self.stop():
             return found
         # Without a feasible hint none is given: where one worker sees at once that a model has no
         # solution, interleaved search (OR-Tools 9.15) aborts the process while it tries a hint.
@@ -461,7 +465,8 @@ class _Model:
         solver.parameters.num_workers = workers
         solver.parameters.interleave_search = workers > 1
         solver.parameters.max_deterministic_time = max(limit, 0.01)
-        status = solver.solve(self.model)
+        solver.parameters.catch_sigint_signal = False
+        status = run_solver(solver, self.model, self.stop)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         spent = solver.response_proto.deterministic_time
         if status == cp_model.INFEASIBLE:

@@ -1,19 +1,21 @@
 """What a search takes and gives: limits, progress, and the placement with its proof."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from p2bw.compiler.placement.evaluate import Layout, LinkLoad, StageNumbers
 from p2bw.compiler.placement.ideals import MAX_IDEALS
+from p2bw.compiler.placement.stop import Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How long to search, in units that are the same on every machine."""
+    """How long to search, in units that are the same on every machine; and when to stop early."""
 
     deterministic_s: float = 20.0  # of CP-SAT, over all shapes; a second is a few on a slow core
     ideals: int = MAX_IDEALS
+    stop: Stop = field(default_factory=Stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,16 @@ class Progress:
     total: int
     samples_per_s: float | None
     bound: float
+
+    def __str__(self) -> str:
+        best, gap = "none", ""
+        if self.samples_per_s is not None:
+            best = f"{self.samples_per_s:.4g} samples/s"
+            gap = f", gap {100 * max(0.0, self.bound / self.samples_per_s - 1):.2f} %"
+        return (
+            f"placing the stages: {self.phase}, {self.done} of {self.total} shapes settled, "
+            f"best {best}, bound {self.bound:.4g}{gap}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from p2bw.compiler.placement.evaluate import (
 from p2bw.compiler.placement.explain import explain_infeasible
 from p2bw.compiler.placement.layouts import best_kinds, improve, lay_out, list_layouts
 from p2bw.compiler.placement.result import Limits, Placement, Progress
+from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
@@ -59,11 +60,13 @@ def solve(
     widths = sorted(set(widths)) if widths is not None else None
     models = make_models(chosen, recompute, limits.ideals)
     shapes = make_shapes(models[0].instance, depths, widths)
-    search = _Search(make_candidates(models, shapes), progress)
+    search = _Search(make_candidates(models, shapes), progress, limits.stop)
     search.dynamic_program()
     search.integer_program(limits.deterministic_s)
     if search.best is None:
         if search.open():
+            if limits.stop():
+                raise limits.stop.error()
             raise TimeLimitError(
                 f"no placement found within {limits.deterministic_s:g} deterministic seconds, and "
                 "none ruled out; raise the limit, fix --depth, or offer more memory"
@@ -100,8 +103,11 @@ def judge(candidate: Candidate, stages: Sequence[int]) -> tuple[Evaluation, tupl
 class _Search:
     """The candidates, and the best placement so far."""
 
-    def __init__(self, candidates: list[Candidate], progress: OnProgress | None) -> None:
+    def __init__(
+        self, candidates: list[Candidate], progress: OnProgress | None, stop: Stop
+    ) -> None:
         self.candidates = candidates
+        self.stop = stop
         self.best: Candidate | None = None
         self.rate = 0.0  # of the best
         self._progress = progress
@@ -119,7 +125,7 @@ class _Search:
         tried: set[int] = set()
         while True:
             left = [candidate for candidate in self.open() if id(candidate) not in tried]
-            if not left:
+            if not left or self.stop():
                 return
             self._report("dynamic program")
             tried.add(id(left[0]))
@@ -132,13 +138,15 @@ class _Search:
     def integer_program(self, limit: float) -> None:
         """Settle by CP-SAT what is still open, within a limit of deterministic time."""
         tried: set[int] = set()
+        if limit <= 0:
+            return
         while True:
             left = [
                 candidate
                 for candidate in self.open()
                 if id(candidate) not in tried and candidate.shape.layout != "any"
             ]
-            if not left:
+            if not left or self.stop():
                 return
             candidate = left[0]
             self._report("CP-SAT")
@@ -150,6 +158,7 @@ class _Search:
                 upper_s=candidate.seconds(self.rate),
                 hint=candidate.stages,
                 limit=limit / len(left),
+                stop=self.stop,
             )
             limit -= found.spent
             candidate.bound = min(candidate.bound, self._bound(candidate, found.bound_s))
@@ -272,4 +281,5 @@ class _Search:
             f"{topology.summary}, {span} stages, "
             f"microbatch {', '.join(map(str, sizes))}, "
             f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
+            f"{f'; stopped by {self.stop.reason}' if counts['open'] and self.stop() else ''}"
         )
