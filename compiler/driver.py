@@ -17,7 +17,7 @@ from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.placement.result import Limits, Placement
-from p2bw.compiler.placement.search import solve
+from p2bw.compiler.placement.search import Problems, solve
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
 from p2bw.compiler.problem import PlacementProblem, interpolate
@@ -108,10 +108,8 @@ class _Compiler:
                 )
         return self.problems[batch_size]
 
-    def candidates(self, microbatch: int | None) -> Mapping[int, PlacementProblem]:
+    def candidates(self) -> Mapping[int, PlacementProblem]:
         """The problem at every microbatch size to search."""
-        if microbatch is not None:
-            return {microbatch: self.problem(microbatch)}
         low, high = self._two_traceable()
         first, second = self.problem(low), self.problem(high)
         if self.programs[low].blocks != self.programs[high].blocks:
@@ -219,12 +217,13 @@ def _place(
     """Search what is not given; judge the winner on a trace at its own microbatch size."""
 
     def solved(
-        problems: Mapping[int, PlacementProblem], d: int | None, w: int | None, limits: Limits
+        problems: Problems, b: int | None, d: int | None, w: int | None, limits: Limits
     ) -> Placement:
         with compiler.phase("solve"), limits.stop:
             compiler.say("placing the stages")
             return solve(
                 problems,
+                microbatches=None if b is None else (b,),
                 depths=None if d is None else (d,),
                 widths=None if w is None else (w,),
                 recompute=recompute,
@@ -232,15 +231,17 @@ def _place(
                 progress=lambda p: compiler.say(str(p)),
             )
 
-    problems = compiler.candidates(microbatch)
-    found = solved(problems, depth, width, Limits(stop=stop))
+    if microbatch is not None:
+        compiler.problem(microbatch)  # traced before the clock of the search runs
+        return solved(compiler.problem, microbatch, depth, width, Limits(stop=stop))
+    found = solved(compiler.candidates(), None, depth, width, Limits(stop=stop))
     if found.microbatch in compiler.problems:
         return found
-    exact = {found.microbatch: compiler.problem(found.microbatch)}
+    exact = compiler.problem(found.microbatch)
     # Once it had to stop, the dynamic program alone places the exact problem.
     stopped = stop()
     limits = Limits(deterministic_s=0.0) if stopped else Limits(stop=stop)
-    final = solved(exact, found.depth, found.width, limits)
+    final = solved({found.microbatch: exact}, None, found.depth, found.width, limits)
     space = found.search_space
     if stop() and not stopped and final.status != "optimal":
         space += f"; stopped by {stop.reason}"

@@ -58,6 +58,7 @@ def solve_shape(
     hint: Sequence[int] | None,
     limit: float,
     stop: Stop,
+    any_will_do: bool = False,
 ) -> Result:
     """The placement whose busiest resource is busy for the least time, if below `upper_s`."""
     windows = stage_windows(instance, shape.depth, recompute, upper_s)
@@ -67,7 +68,7 @@ def solve_shape(
     if sum(map(len, routes)) > MAX_PAIRS:
         return Result(0.0, None, 0.0)
     model = _Model(instance, shape, recompute, windows, routes, min(upper_s, horizon_s(instance)))
-    model.stop = stop
+    model.stop, model.any_will_do = stop, any_will_do
     model.require_below(upper_s)
     best: tuple[int, ...] | None = None
     spent = bound_s = 0.0
@@ -83,6 +84,8 @@ def solve_shape(
         if real.feasible and real.busiest_s < upper_s:
             best, upper_s = hint, real.busiest_s
         if upper_s <= bound_s * (1 + TOLERANCE) or spent >= limit or stop():
+            break
+        if any_will_do and best is not None:
             break
         # Rounding, or what the program leaves out, made it look better than it is.
         model.forbid(hint)
@@ -151,6 +154,7 @@ class _Model:
         self.shape = shape
         self.recompute = recompute
         self.stop = Stop()
+        self.any_will_do = False
         self.windows = windows
         self.routes = routes
         self.model = cp_model.CpModel()
@@ -440,7 +444,7 @@ class _Model:
         """One worker first, which settles most models at once; then several, taking turns."""
         self.model.minimize(self.period)
         found = self._run(hint, limit * ALONE, 1)
-        if found.settled or self.stop():
+        if found.settled or self.stop() or (self.any_will_do and found.stages is not None):
             return found
         # Without a feasible hint none is given: where one worker sees at once that a model has no
         # solution, interleaved search (OR-Tools 9.15) aborts the process while it tries a hint.
@@ -466,6 +470,7 @@ class _Model:
         solver.parameters.interleave_search = workers > 1
         solver.parameters.max_deterministic_time = max(limit, 0.01)
         solver.parameters.catch_sigint_signal = False
+        solver.parameters.stop_after_first_solution = self.any_will_do
         status = run_solver(solver, self.model, self.stop)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         spent = solver.response_proto.deterministic_time

@@ -16,19 +16,22 @@ class Limits:
     deterministic_s: float = 20.0  # of CP-SAT, over all shapes; a second is a few on a slow core
     ideals: int = MAX_IDEALS
     stop: Stop = field(default_factory=Stop)
+    any_will_do: bool = False  # stop at the first placement: is there one at all?
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a search is: shapes done of all; best found and best possible samples per second."""
 
-    phase: Literal["dynamic program", "CP-SAT"]
+    phase: Literal["dynamic program", "CP-SAT", "cures"]
     done: int
     total: int
     samples_per_s: float | None
     bound: float
 
     def __str__(self) -> str:
+        if self.phase == "cures":
+            return "nothing fits; looking for the smallest changes that would"
         best, gap = "none", ""
         if self.samples_per_s is not None:
             best = f"{self.samples_per_s:.4g} samples/s"

@@ -10,6 +10,7 @@ from typing import Literal
 
 from p2bw.compiler.placement.candidates import (
     Candidate,
+    Model,
     make_candidates,
     make_models,
     make_shapes,
@@ -21,10 +22,9 @@ from p2bw.compiler.placement.evaluate import (
     choose_recompute,
     evaluate,
 )
-from p2bw.compiler.placement.explain import explain_infeasible
+from p2bw.compiler.placement.infeasible import why_infeasible
 from p2bw.compiler.placement.layouts import best_kinds, improve, lay_out, list_layouts
 from p2bw.compiler.placement.result import Limits, Placement, Progress
-from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
@@ -58,12 +58,14 @@ def solve(
     chosen = [get(size) for size in sorted(set(microbatches))]
     depths = sorted(set(depths)) if depths is not None else None
     widths = sorted(set(widths)) if widths is not None else None
-    models = make_models(chosen, recompute, limits.ideals)
-    shapes = make_shapes(models[0].instance, depths, widths)
-    search = _Search(make_candidates(models, shapes), progress, limits.stop)
-    search.dynamic_program()
-    search.integer_program(limits.deterministic_s)
-    if search.best is None:
+    try:
+        models = make_models(chosen, recompute, limits.ideals)
+        search = search_models(models, depths, widths, limits, progress)
+    except InfeasibleError as error:
+        reason = str(error)
+    else:
+        if search.best is not None:
+            return search.placement()
         if search.open():
             if limits.stop():
                 raise limits.stop.error()
@@ -71,8 +73,32 @@ def solve(
                 f"no placement found within {limits.deterministic_s:g} deterministic seconds, and "
                 "none ruled out; raise the limit, fix --depth, or offer more memory"
             )
-        raise InfeasibleError(explain_infeasible(models, shapes))
-    return search.placement()
+        reason = why_infeasible(models, [candidate.shape for candidate in search.candidates])
+    from p2bw.compiler.placement.cures import Request, infeasible
+
+    if progress is not None:
+        progress(Progress(phase="cures", done=0, total=0, samples_per_s=None, bound=0.0))
+    request = Request(tuple(chosen), _tuple(depths), _tuple(widths), recompute, problems)
+    raise infeasible(reason, request, limits)
+
+
+def _tuple(values: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def search_models(
+    models: Sequence[Model],
+    depths: Sequence[int] | None,
+    widths: Sequence[int] | None,
+    limits: Limits,
+    progress: OnProgress | None = None,
+) -> "Search":
+    """The search of all shapes at all microbatch sizes: what it found, and what it left open."""
+    shapes = make_shapes(models[0].instance, depths, widths)
+    search = Search(make_candidates(models, shapes), limits, progress)
+    search.dynamic_program()
+    search.integer_program(limits.deterministic_s)
+    return search
 
 
 def solve_fixed(
@@ -100,14 +126,16 @@ def judge(candidate: Candidate, stages: Sequence[int]) -> tuple[Evaluation, tupl
     return evaluate(model.instance, candidate.placed, stages, again), again
 
 
-class _Search:
+class Search:
     """The candidates, and the best placement so far."""
 
     def __init__(
-        self, candidates: list[Candidate], progress: OnProgress | None, stop: Stop
+        self, candidates: list[Candidate], limits: Limits, progress: OnProgress | None
     ) -> None:
         self.candidates = candidates
-        self.stop = stop
+        self.stop = limits.stop
+        self.spent = 0.0  # of CP-SAT's deterministic time
+        self._any = limits.any_will_do
         self.best: Candidate | None = None
         self.rate = 0.0  # of the best
         self._progress = progress
@@ -120,16 +148,19 @@ class _Search:
         left = [candidate for candidate in self.candidates if not candidate.closed_by]
         return sorted(left, key=lambda candidate: candidate.order)
 
+    def _over(self) -> bool:
+        return self.stop() or (self._any and self.best is not None)
+
     def dynamic_program(self) -> None:
         """Solve by the dynamic program whatever the bounds leave."""
         tried: set[int] = set()
         while True:
             left = [candidate for candidate in self.open() if id(candidate) not in tried]
-            if not left or self.stop():
+            if not left or self._over():
                 return
             self._report("dynamic program")
             tried.add(id(left[0]))
-            unbounded = self.rate == 0
+            unbounded = self.rate == 0 and not self._any
             chain = self._any_layout if left[0].shape.layout == "any" else self._chain
             chain(left[0])
             if unbounded and not left[0].closed_by:
@@ -146,7 +177,7 @@ class _Search:
                 for candidate in self.open()
                 if id(candidate) not in tried and candidate.shape.layout != "any"
             ]
-            if not left or self.stop():
+            if not left or self._over():
                 return
             candidate = left[0]
             self._report("CP-SAT")
@@ -159,8 +190,10 @@ class _Search:
                 hint=candidate.stages,
                 limit=limit / len(left),
                 stop=self.stop,
+                any_will_do=self._any,
             )
             limit -= found.spent
+            self.spent += found.spent
             candidate.bound = min(candidate.bound, self._bound(candidate, found.bound_s))
             if found.stages is not None:
                 self._offer(candidate, found.stages)

@@ -1,0 +1,64 @@
+"""Why nothing fits: which limit binds, and by how much."""
+
+from collections.abc import Sequence
+
+from p2bw.compiler import units
+from p2bw.compiler.placement.candidates import Model
+from p2bw.compiler.placement.dp import least_memory_by_depth
+from p2bw.compiler.placement.evaluate import Shape
+from p2bw.compiler.placement.instance import Instance
+
+
+def why_infeasible(models: Sequence[Model], shapes: Sequence[Shape]) -> str:
+    """The limit that binds, for the smallest microbatch in the deepest pipeline."""
+    model = models[0]
+    depth = max(shape.depth for shape in shapes)
+    instance = model.instance
+    device = instance.roomiest
+    offer = f"{device.name} offers {units.data(device.usable_bytes)}"
+    group, alone = _largest_group(instance, depth)
+    needs = least_memory_by_depth(model.costs, depth)
+    fullest = min(needs[shape.depth - 1] for shape in shapes)
+    least = "at least" if model.family.complete else "about"
+    at = f"at microbatch {instance.problem.microbatch}"
+    if alone > device.usable_bytes:
+        fact = f"block {instance.name(group)} needs {units.data(alone)} {at} with {_kept(instance)}"
+    elif fullest > instance.limit:
+        fact = (
+            f"cut into {_span(shapes)}, the fullest device needs {least} "
+            f"{units.data(fullest - instance.reserve)} {at} with {_kept(instance)}"
+        )
+    else:
+        constraints = "the constraints (pin, together, apart, never_cut) and "
+        some = instance.pin or instance.apart or len(instance.groups) < len(instance.problem.blocks)
+        return (
+            f"no plan fits: {constraints if some else ''}the buffers of tensors that skip stages "
+            f"leave no cut into {_span(shapes)} {at}; {offer}"
+        )
+    return f"no plan fits: {fact}; {offer}"
+
+
+def _kept(instance: Instance) -> str:
+    versions = instance.versions(1)
+    weights = "weights" if versions == 1 else f"{versions} weight versions"
+    return f"{weights}, gradients and optimizer state"
+
+
+def _span(shapes: Sequence[Shape]) -> str:
+    depths = sorted({shape.depth for shape in shapes})
+    span = f"{depths[0]} to {depths[-1]}" if len(depths) > 1 else f"{depths[0]}"
+    return f"{span} stage{'s' if depths[-1] > 1 else ''}"
+
+
+def _largest_group(instance: Instance, depth: int) -> tuple[int, int]:
+    """The group that needs most memory alone on the last device, and how much."""
+    in_flight = instance.in_flight(depth - 1, depth)
+    versions = instance.versions(in_flight)
+    total = versions * instance.weights + instance.gradients + instance.optimizer
+    total = total + instance.buffers + instance.transient + instance.stash
+    for tied in instance.tied:
+        state = tied.state
+        for group in tied.groups:
+            total[group] += versions * state.weights + state.gradients + state.optimizer
+    group = int(total.argmax())
+    return group, int(total[group])
