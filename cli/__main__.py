@@ -158,6 +158,10 @@ def compile_command(
     dump_passes: Annotated[
         Path | None, typer.Option(help="Write the program after each pass to this folder.")
     ] = None,
+    problem: Annotated[
+        Path | None,
+        typer.Option(help="Write the placement problem here too, for solve.", metavar="FILE"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -188,6 +192,7 @@ def compile_command(
                 recompute=recompute,
                 stop=_stop(limit, say),
                 dump_passes=dump_passes,
+                problem=problem,
                 progress=say,
             )
         if as_json:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from p2bw.runtime.errors import ResourceError, UsageError
+from p2bw.runtime.errors import P2BWError, ResourceError, UsageError
 
 _MARK = "plan.json"  # what tells an artifact from a folder that is somebody's own
 
@@ -18,9 +18,33 @@ def check_destination(out: Path) -> None:
         raise UsageError(f"--out {out} exists and is not a folder; name another")
     if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
         raise UsageError(f"--out {out} holds files that are no artifact of p2bw; name another")
-    parent = next(p for p in out.absolute().parents if p.exists())
+    _check_parents("--out", out)
+
+
+def _check_parents(option: str, path: Path) -> None:
+    parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder")
+        raise UsageError(f"{option} {path} cannot be written: {parent} is not a writable folder")
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse, before any long work, a file that could not be written."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file")
+    _check_parents(option, path)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write all of a file, or leave it as it was."""
+    folder = path.absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=folder) as scratch:
+            fresh = Path(scratch, path.name)
+            fresh.write_bytes(text.encode())
+            fresh.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
@@ -43,6 +67,10 @@ def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
                 raise
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"no space left to write {out}; what was there is kept") from None
-        raise UsageError(f"cannot write {out}: {error.strerror}") from None
+        raise _cannot_write(out, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> P2BWError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"no space left to write {path}; what was there is kept")
+    return UsageError(f"cannot write {path}: {error.strerror}")

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from p2bw import __version__
-from p2bw.compiler.artifact import check_destination, write_artifact
+from p2bw.compiler.artifact import check_destination, check_file, write_artifact, write_file
 from p2bw.compiler.describe import describe_stages, tensor_spec, tied_parameters
 from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
@@ -150,13 +150,15 @@ def compile_model(
     recompute: str = "auto",
     stop: Stop | None = None,
     dump_passes: str | Path | None = None,
+    problem: str | Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Compiled:
     """Trace a model file, place it on a topology and write its stages as Python files.
 
     What is None is searched (depth, width, microbatch), or has the command line's default. `stop`
-    may end the search early; the best plan so far is kept. Raises the errors of runtime/errors.py;
-    nothing is written unless all has gone well.
+    may end the search early; the best plan so far is kept. With `problem`, that file gets the
+    placement problem at the microbatch size that was chosen. Raises the errors of
+    runtime/errors.py; nothing is written unless all has gone well.
     """
     checked = _checked_schedule(schedule)
     policy = _checked_recompute(recompute)
@@ -168,6 +170,8 @@ def compile_model(
     path = Path(model)
     out = Path(out) if out is not None else Path("build", _default_name(path, factory))
     check_destination(out)
+    if problem is not None:
+        check_file("--problem", Path(problem))
     begin = time.perf_counter()
     progress(f"loading {path.name}")
     file = load_model_file(path, factory, dict(settings or {}))
@@ -185,6 +189,8 @@ def compile_model(
         progress(f"writing {placement.depth} stages")
         plan, stages = _plan(compiler, placement)
         write_artifact(out, {"plan.json": plan.to_json(), **stages, **_source(file)})
+        if problem is not None:
+            write_file(Path(problem), compiler.problem(placement.microbatch).to_json())
     return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
 
 

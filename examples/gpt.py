@@ -189,6 +189,30 @@ def gpt3_175b(
     return model(layers, width, heads, context, vocab, dropout)
 
 
+def gpt_1t(
+    layers: int = 128,
+    width: int = 25600,
+    heads: int = 160,
+    context: int = 2048,
+    vocab: int = 51200,
+    dropout: float = 0.0,
+) -> GPT:
+    """1008B parameters: the largest of Megatron-LM (arXiv:2104.04473), on 3,072 GPUs."""
+    return model(layers, width, heads, context, vocab, dropout)
+
+
+def large_vocabulary(
+    layers: int = 24,
+    width: int = 1600,
+    heads: int = 25,
+    context: int = 1024,
+    vocab: int = 256000,
+    dropout: float = 0.1,
+) -> GPT:
+    """1.15B parameters, 36 % of them in the matrix that reads tokens and predicts them."""
+    return model(layers, width, heads, context, vocab, dropout)
+
+
 def inputs(batch_size: int) -> tuple[Tensor, ...]:
     return (torch.randint(config.vocab, (batch_size, config.context)),)
 
