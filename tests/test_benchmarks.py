@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from benchmarks.placement import chain, deepspeed, torchgpipe, uniform
+from baselines import chain, deepspeed, torchgpipe, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 
