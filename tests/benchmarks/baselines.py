@@ -66,7 +66,7 @@ def _lists(graph: Graph) -> Iterator[list[int]]:
 
 
 def _times(graph: Graph, layers: Sequence[int]) -> list[float]:
-    return [sum(graph.seconds[first:last]) for first, last in pairwise(layers)]
+    return _sums(graph.seconds, layers)
 
 
 def _sizes(graph: Graph, layers: Sequence[int]) -> list[float]:
@@ -147,23 +147,23 @@ def _walk(came: list[list[int]], n: int) -> list[int]:
 
 
 def torchgpipe(weights: Sequence[float], parts: int) -> list[int]:
-    """blockpartition: from equal counts, move layers until parts differ by less than a layer."""
+    """blockpartition: from equal counts, move layers until parts differ by less than a layer.
+
+    Of several emptiest parts the one nearest the fullest gains a layer, as in the paper that it
+    follows (arXiv:1308.2452); the package takes the first, which may take from an empty part.
+    """
     n, low, high = len(weights), min(weights), max(weights)
     if n <= parts:
         return [min(k, n) for k in range(parts + 1)]
     x = [(weight - low) / (high - low) if high > low else 0.0 for weight in weights]
     bounds = [n // parts * k for k in range(parts)] + [n]
-
-    def sums() -> list[float]:
-        return [sum(x[first:last]) for first, last in pairwise(bounds)]
-
     while True:
-        found = sums()
-        fullest = max(range(parts), key=lambda k: (found[k], k))
+        found = _sums(x, bounds)
+        most, fullest = max((size, k) for k, size in enumerate(found))
         while True:
-            found = sums()
-            emptiest = min(range(parts), key=lambda k: (found[k], k))
-            if max(found) <= min(found) + 1:
+            found = _sums(x, bounds)
+            least, _, emptiest = min((size, abs(k - fullest), k) for k, size in enumerate(found))
+            if most <= least + 1:
                 return bounds
             if fullest < emptiest:
                 donor = emptiest - 1
@@ -173,6 +173,10 @@ def torchgpipe(weights: Sequence[float], parts: int) -> list[int]:
                 bounds[emptiest + 1] += 1
             if donor == fullest:
                 break
+
+
+def _sums(weights: Sequence[float], bounds: Sequence[int]) -> list[float]:
+    return [sum(weights[first:last]) for first, last in pairwise(bounds)]
 
 
 # Placements that are more than cuts of a list

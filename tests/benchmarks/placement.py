@@ -84,16 +84,19 @@ def best_of(tried: Iterator[tuple[float, bool]], ours: float) -> tuple[float, bo
 
 
 def graph_of_blocks(problem: PlacementProblem, parts: int) -> Graph:
-    instance, topology = make_instance(problem), problem.topology
+    if not problem.topology.uniform:
+        raise SystemExit("baselines know one kind of device only, in a tree of links")
+    instance = make_instance(problem)
     group_of = {block: i for i, members in enumerate(instance.groups) for block in members}
     number = {block.name: group_of[i] for i, block in enumerate(problem.blocks)}
+    network = instance.network
     bandwidths = [
-        min(topology.levels[i].bandwidth for i in range(topology.crossed(rank, rank + 1)))
+        min(network.bandwidth(port) for port in network.route(rank, rank + 1))
         for rank in range(parts - 1)
     ]
     return Graph(
         names=[problem.blocks[members[0]].name for members in instance.groups],
-        seconds=[int(ps) / PS for ps in instance.forward_ps + instance.backward_ps],
+        seconds=[int(ps) / PS for ps in instance.forward_ps[0] + instance.backward_ps[0]],
         parameters=[
             (parameter.bytes, sorted({number[name] for name in parameter.blocks}))
             for parameter in problem.parameters
@@ -197,7 +200,7 @@ def compare_nodes(path: Path, problem: LoadProblem, stages: int | None) -> Row:
     return Row(
         problem=path.stem,
         stages=parts,
-        objective=f"{ours.objective:.6g} {ours.unit}",
+        objective=f"{ours.objective:.6g}",
         gap=ours.gap,
         seconds=ours.seconds,
         found={

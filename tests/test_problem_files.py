@@ -1,0 +1,57 @@
+"""Problem files: what compile --problem writes, and the example of docs/problem.md."""
+
+import pytest
+from corpus import ROOT
+
+from p2bw.compiler.driver import compile_model
+from p2bw.compiler.problem import read_problem
+from p2bw.compiler.solve import solve_file
+from p2bw.runtime.errors import UsageError
+
+
+@pytest.mark.parametrize("shape", [{"gpus": 2}, {"gpus": 3, "depth": 3, "microbatch": 4}])
+def test_solve_finds_the_plan_again_in_the_problem_that_compile_wrote(shape, tmp_path):
+    path = tmp_path / "new" / "problem.json"
+    plan = compile_model(
+        ROOT / "examples" / "gpt.py",
+        factory="tiny",
+        device="v100-16",
+        out=tmp_path / "out",
+        problem=path,
+        **shape,
+    ).plan
+    assert read_problem(path).microbatch == plan.microbatch
+    assert [file.name for file in path.parent.iterdir()] == ["problem.json"]
+    found = solve_file(path, stages=shape.get("depth"))
+    assert found.assignment == {
+        block: stage.index for stage in plan.stages for block in stage.blocks
+    }
+    assert found.objective == pytest.approx(1 / plan.samples_per_s, rel=1e-12)
+    assert found.stages[0].replicas == plan.width
+
+
+def test_a_problem_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "taken").write_text("")
+    for bad, message in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "taken" / "problem.json", "taken is not a writable folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compile_model("no_such_model.py", gpus=2, problem=bad)
+
+
+def test_a_failed_compile_leaves_the_old_problem(tmp_path):
+    old = tmp_path / "problem.json"
+    old.write_text("old")
+    with pytest.raises(UsageError, match="stages"):
+        compile_model(
+            ROOT / "examples" / "mlp.py",
+            factory="tiny",
+            gpus=2,
+            depth=3,
+            microbatch=1,
+            out=tmp_path / "out",
+            problem=old,
+        )
+    assert old.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["problem.json"]
