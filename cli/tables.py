@@ -34,14 +34,15 @@ def print_plan(plan: Plan, artifact: str) -> None:
     out = console()
     out.print(_title(plan))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    limit = f"total of {units.data(plan.stages[0].memory.limit)}"
+    limits = {stage.memory.limit for stage in plan.stages}
+    limit = f"total of {units.data(max(limits))}" if len(limits) == 1 else "total"
     columns = ("stage", "ranks", "layers", "params", "fwd", "bwd", "weights", "grads", "optim",
                "stash", "other", limit, "in", "out")  # fmt: skip
     for name in columns:
         words = name == "layers"
         table.add_column(name, justify="left" if words else "right", no_wrap=name != "layers")
     for stage in plan.stages:
-        table.add_row(*map(escape, _row(stage)))
+        table.add_row(*map(escape, _row(stage, mixed=len(limits) > 1)))
     out.print(table)
     for line in _summary(plan):
         out.print(escape(line))
@@ -58,9 +59,10 @@ def _title(plan: Plan) -> str:
     )
 
 
-def _row(stage: Stage) -> tuple[str, ...]:
+def _row(stage: Stage, mixed: bool) -> tuple[str, ...]:
     memory, seconds = stage.memory, stage.compute_s
     other = memory.buffers + memory.transient + memory.reserve
+    limit = f" of {units.data(memory.limit)}" if mixed else ""
     return (
         f"{stage.index}{' r' if stage.recompute else ''}",
         _ranges(stage.devices),
@@ -73,7 +75,7 @@ def _row(stage: Stage) -> tuple[str, ...]:
         units.data(memory.optimizer),
         units.data(memory.stash),
         units.data(other),
-        f"{units.data(memory.total)} {100 * memory.total / memory.limit:3.0f}%",
+        f"{units.data(memory.total)}{limit} {100 * memory.total / memory.limit:3.0f}%",
         units.data(sum(t.bytes for t in stage.receives)),
         units.data(sum(t.bytes for t in stage.sends)),
     )

@@ -26,6 +26,7 @@ from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
 from p2bw.passes import pipeline, run_passes
+from p2bw.passes.annotate_time import annotate_time
 from p2bw.runtime.errors import ModelError, UsageError
 from p2bw.runtime.modelfile import ModelFile, Setting, load_model_file
 
@@ -105,6 +106,10 @@ class _Compiler:
                     schedule=self.schedule,
                     microbatches=self.microbatches,
                     optimizer=self.optimizer,
+                    on={
+                        kind.name: annotate_time(program, device=kind)
+                        for kind in self.topology.kinds[1:]
+                    },
                 )
         return self.problems[batch_size]
 

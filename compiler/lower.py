@@ -6,8 +6,15 @@ from itertools import pairwise
 import networkx as nx
 from torch import fx
 
+from p2bw.compiler.devices import Device
 from p2bw.compiler.plan import Schedule
-from p2bw.compiler.problem import BlockCost, ParameterCost, PlacementProblem, TensorCost
+from p2bw.compiler.problem import (
+    BlockCost,
+    ParameterCost,
+    PlacementProblem,
+    TensorCost,
+    Times,
+)
 from p2bw.compiler.program import Attribute, Block, Program, TensorType, tensor_arguments
 from p2bw.compiler.storage import kept_tensor, storage_of
 from p2bw.compiler.topology import Topology
@@ -20,11 +27,13 @@ def placement_problem(
     schedule: Schedule,
     microbatches: int | None,
     optimizer: Mapping[TensorType, int],
+    on: Mapping[str, Program],
 ) -> PlacementProblem:
     """What the placement has to know of a program with times and blocks.
 
     `optimizer` gives the bytes of optimizer state of a parameter of each type; `microbatches` is
-    per update (None: as many as there are stages).
+    per update (None: as many as there are stages); `on` has the program with the times of every
+    other kind of device in the topology.
     """
     assert program.blocks is not None, "group_blocks has not run"
     home = {node: block.name for block in program.blocks for node in block.nodes}
@@ -34,19 +43,21 @@ def placement_problem(
         microbatch=program.batch_size,
         schedule=schedule,
         microbatches=microbatches,
-        blocks=tuple(_block(program, block, stash[block.name]) for block in program.blocks),
+        blocks=tuple(_block(program, block, stash[block.name], on) for block in program.blocks),
         parameters=tuple(_parameters(program, home, topology, optimizer)),
         tensors=(*tensors, *_summation_order(program, home, tensors)),
         topology=topology,
     )
 
 
-def _block(program: Program, block: Block, stash: int) -> BlockCost:
+def _block(program: Program, block: Block, stash: int, on: Mapping[str, Program]) -> BlockCost:
     nodes = [program.node(name) for name in block.nodes]
+    times = _times(program, block)
     return BlockCost(
         name=block.name,
-        forward_s=sum(program.fact(node, "forward_s") for node in nodes),
-        backward_s=sum(program.fact(node, "backward_s") for node in nodes),
+        forward_s=times.forward_s,
+        backward_s=times.backward_s,
+        on={kind: _times(other, block) for kind, other in on.items()},
         stash_bytes=stash,
         transient_bytes=max(transient_bytes(program, node) for node in nodes),
         buffer_bytes=sum(
@@ -55,6 +66,14 @@ def _block(program: Program, block: Block, stash: int) -> BlockCost:
             if program.node(name).op == "get_attr"
             and str(program.node(name).target) not in program.parameters
         ),
+    )
+
+
+def _times(program: Program, block: Block) -> Times:
+    nodes = [program.node(name) for name in block.nodes]
+    return Times(
+        forward_s=sum(program.fact(node, "forward_s") for node in nodes),
+        backward_s=sum(program.fact(node, "backward_s") for node in nodes),
     )
 
 
@@ -124,17 +143,18 @@ def _parameters(
             bytes=attribute.type.bytes,
             gradient_bytes=attribute.type.bytes if attribute.trainable else 0,
             optimizer_bytes=state,
-            update_s=_update_s(attribute, state, topology),
+            update_s=_update_s(attribute, state, topology.device),
+            on={kind.name: _update_s(attribute, state, kind) for kind in topology.kinds[1:]},
             blocks=tuple(blocks),
         )
 
 
-def _update_s(attribute: Attribute, state: int, topology: Topology) -> float:
+def _update_s(attribute: Attribute, state: int, device: Device) -> float:
     """One optimizer step is bound by memory: copy the newest version, then read and write all."""
     if not attribute.trainable:
         return 0.0
     copy, step = 2 * attribute.type.bytes, 3 * attribute.type.bytes + 2 * state
-    return (copy + step) / topology.device.sustained_bandwidth
+    return (copy + step) / device.sustained_bandwidth
 
 
 def _tensors(program: Program, home: Mapping[str, str]) -> Iterator[TensorCost]:

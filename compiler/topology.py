@@ -2,18 +2,15 @@
 
 import math
 import re
-import tomllib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from p2bw.compiler.devices import Device, Positive, find_device, local_device, parse_bytes
-from p2bw.compiler.plan import Data
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.runtime.errors import UsageError
 
 DEFAULT_CLUSTER = "p3.16xlarge"  # PipeDream-2BW's own servers: 8 x V100-16 each
 DEFAULT_GPUS = 8
@@ -209,11 +206,14 @@ def make_topology(
     if gpus is not None and not 1 <= gpus <= MAX_GPUS:
         raise UsageError(f"--gpus {gpus}: give a number from 1 to {MAX_GPUS}")
     if cluster is not None:
-        topology = _from_cluster(cluster, gpus)
+        topology = _from_cluster(cluster, gpus, device)
     elif device is not None:
         topology = _of_device(find_device(device), gpus or DEFAULT_GPUS)
     else:
-        topology = _local(gpus) or _from_cluster(DEFAULT_CLUSTER, gpus or DEFAULT_GPUS)
+        topology = _local(gpus) or _from_cluster(DEFAULT_CLUSTER, gpus or DEFAULT_GPUS, None)
+    if topology.more and (device or memory):
+        option = "--device" if device else "--memory"
+        raise UsageError(f"{option}: {topology.name} says itself what its devices are")
     kind = find_device(device) if device is not None else topology.device
     if memory is not None:
         kind = kind.with_memory(parse_bytes(memory))
@@ -238,14 +238,21 @@ def _local(gpus: int | None) -> Topology | None:
     return Topology(name="local", device=device, gpus=count, levels=_fit(levels, count))
 
 
-def _from_cluster(text: str, gpus: int | None) -> Topology:
-    """NAME, NAME:nodes or the path of a TOML file."""
-    if text.endswith(".toml"):
-        return _limit(read_topology(Path(text)), gpus)
+def _from_cluster(text: str, gpus: int | None, device: str | None) -> Topology:
+    """NAME, NAME:nodes, COUNTxDEVICE, several of these joined by +, or the path of a file."""
+    from p2bw.compiler import cluster_files
+
+    if text.endswith((".toml", ".txt")):
+        return _limit(cluster_files.read_cluster(Path(text), device), gpus)
+    if "+" in text or re.match(r"\d+x", text):
+        return _limit(cluster_files.join(text), gpus)
     name, _, nodes = text.partition(":")
+    if name.lower() == "dgx-1" and nodes in ("", "1"):
+        return _limit(cluster_files.cube_mesh(), gpus)
     if name.lower() not in _CLUSTERS:
         raise UsageError(
-            f"unknown cluster {name!r}; known: {', '.join(CLUSTERS)}, or the path of a .toml file"
+            f"unknown cluster {name!r}; known: {', '.join(CLUSTERS)}, nodes like 8xv100-16 joined "
+            "by +, or the path of a .toml file or of nvidia-smi's (.txt)"
         )
     device, node, network = _CLUSTERS[name.lower()]
     if not nodes:
@@ -273,6 +280,23 @@ def _fit(levels: tuple[Level, ...], gpus: int) -> tuple[Level, ...]:
     return (node, replace(network, size=-(-gpus // node.size)))
 
 
+def preset_node(text: str) -> list[tuple[Device, int, float, float]]:
+    """Machines of a kind, for a mixed cluster: device, how many, bytes/s of its port and of theirs.
+
+    NAME, NAME:nodes, or COUNTxDEVICE: one machine with a device's own links.
+    """
+    count, by, name = text.partition("x")
+    if by and count.isascii() and count.isdecimal():
+        device, number = find_device(name), int(count)
+        if not 1 <= number <= MAX_GPUS:
+            raise UsageError(f"--cluster {text}: give a number of devices from 1 to {MAX_GPUS}")
+        return [(device, number, device.link, device.link / 10)]
+    topology = _from_cluster(text, None, None)
+    node, network = _CLUSTERS[topology.name][1:]
+    machine = (topology.device, node.size, node.bandwidth, network.bandwidth)
+    return [machine] * (topology.gpus // node.size)
+
+
 def _limit(topology: Topology, gpus: int | None) -> Topology:
     if gpus is None or gpus == topology.gpus:
         return topology
@@ -280,78 +304,26 @@ def _limit(topology: Topology, gpus: int | None) -> Topology:
         raise UsageError(
             f"--gpus {gpus}: {topology.name} has {topology.gpus}; name more nodes or ask for fewer"
         )
-    return replace(topology, gpus=gpus)
+    return take(topology, gpus)
 
 
-class _LevelEntry(Data):
-    name: str
-    size: Count
-    bandwidth: str
-    latency: str = "0us"
-
-
-class _File(Data):
-    """A topology file: device, count, levels from the innermost outwards."""
-
-    name: str | None = None
-    device: str
-    memory: str | None = None
-    count: Annotated[int, Field(ge=1, le=MAX_GPUS)]
-    levels: Annotated[list[_LevelEntry], Field(min_length=1, max_length=8)]
-
-
-def read_topology(path: Path) -> Topology:
-    """A topology from a TOML file; InputFileError names the field that is not valid.
-
-    device = "a100-80"        # a preset's name; memory = "40GiB" overrides its memory
-    count = 16                # devices
-    [[levels]]                # the innermost first
-    name = "node"
-    size = 8                  # members of a group of this level
-    bandwidth = "300GB/s"     # of each member's port, one way
-    latency = "5us"
-    """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputFileError(f"{path}: not TOML: {error}") from None
-    try:
-        file = _File.model_validate(entries)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputFileError(f"{path}: {_field(first['loc'])}: {first['msg']}") from None
-    device = _parsed(path, "device", find_device, file.device)
-    if file.memory is not None:
-        device = _parsed(
-            path, "memory", lambda text: device.with_memory(parse_bytes(text)), file.memory
-        )
-    levels = tuple(
-        Level(
-            name=level.name,
-            size=level.size,
-            bandwidth=_parsed(path, f"levels[{i}].bandwidth", parse_bandwidth, level.bandwidth),
-            latency_s=_parsed(path, f"levels[{i}].latency", parse_seconds, level.latency),
-        )
-        for i, level in enumerate(file.levels)
+def take(topology: Topology, gpus: int) -> Topology:
+    """Only the first devices."""
+    more: list[Others] = []
+    first = topology.gpus - sum(run.gpus for run in topology.more)
+    left = gpus - first
+    for run in topology.more:
+        if left > 0:
+            more.append(replace(run, gpus=min(run.gpus, left)))
+            left -= run.gpus
+    number = {vertex: vertex for vertex in range(gpus)}
+    number |= {topology.gpus + i: gpus + i for i in range(len(topology.switches))}
+    wires = tuple(
+        replace(wire, a=number[wire.a], b=number[wire.b])
+        for wire in topology.wires
+        if wire.a in number and wire.b in number
     )
-    room = math.prod(level.size for level in levels)
-    if file.count > room:
-        raise InputFileError(f"{path}: count: {file.count} devices, but the levels hold {room}")
-    return Topology(name=file.name or path.stem, device=device, gpus=file.count, levels=levels)
-
-
-def _field(location: tuple[int | str, ...]) -> str:
-    """('levels', 3, 'size') -> 'levels[3].size'."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
-
-
-def _parsed(path: Path, field: str, parse: Callable[[str], T], text: str) -> T:
-    try:
-        return parse(text)
-    except UsageError as error:
-        raise InputFileError(f"{path}: {field}: {error}") from None
+    return replace(topology, gpus=gpus, more=tuple(more), wires=wires)
 
 
 _PER_S = {f"{p}{u}": 1000**i / n for i, p in enumerate("KMGT", 1) for u, n in (("B", 1), ("b", 8))}

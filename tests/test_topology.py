@@ -5,14 +5,15 @@ import json
 import pytest
 
 from p2bw.compiler import topology as module
+from p2bw.compiler.cluster_files import read_topology
 from p2bw.compiler.devices import GIB, find_device
+from p2bw.compiler.links import Network
 from p2bw.compiler.topology import (
     CLUSTERS,
     Topology,
     make_topology,
     parse_bandwidth,
     parse_seconds,
-    read_topology,
 )
 from p2bw.runtime.errors import InputFileError, UsageError
 
@@ -118,7 +119,8 @@ def test_topology_file(tmp_path):
         ("size = 2", "size = 1", "count: 16 devices, but the levels hold 8"),
         ("count = 16", "count = 1.5", "count"),
         ("count = 16", "count = true", "count"),
-        ("count = 16", "gpus = 16", "count"),
+        ("count = 16", "gpus = 16", "gpus"),
+        ("count = 16", "", "count"),
         ('"a100-80"', '"abacus"', "device: unknown device 'abacus'"),
         ('"40GiB"', '"1MiB"', "memory: 1 MiB of memory is less"),
         ("[[levels]]", "[[", "not TOML"),
@@ -141,3 +143,159 @@ def test_rates_and_times():
     for text in ("5", "-5us", "nanus", "1e9s"):
         with pytest.raises(UsageError):
             parse_seconds(text)
+
+
+def test_machines_that_differ_are_joined():
+    mixed = make_topology(cluster="8xv100-16+4xa100-40")
+    assert mixed.gpus == 12
+    assert [kind.name for kind in mixed.kinds] == ["v100-16", "a100-40"]
+    assert mixed.summary == "8 x v100-16 + 4 x a100-40"
+    network = Network(mixed)
+    # Out of the device, out of its machine, into the other machine, into the other device.
+    names = [network.name(port) for port in network.route(0, 8)]
+    assert names == ["GPU0 to node0", "node0 to network", "network to node1", "node1 to GPU8"]
+    assert [network.bandwidth(port) for port in network.route(0, 8)] == [150e9, 15e9, 30e9, 300e9]
+    assert network.route(8, 0) == tuple((a, b, 1 - c) for a, b, c in reversed(network.route(0, 8)))
+    assert make_topology(gpus=9, cluster="8xv100-16+4xa100-40").devices[8].name == "a100-40"
+    assert make_topology(cluster="p3.16xlarge:2+p4d").gpus == 24
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ("8xv100-16+abacus", "unknown cluster 'abacus'"),
+        ("8xabacus", "unknown device 'abacus'"),
+        ("0xv100-16", "from 1 to"),
+    ],
+)
+def test_joined_machines_are_refused(cluster, message):
+    with pytest.raises(UsageError, match=message):
+        make_topology(cluster=cluster)
+
+
+def test_a_mixed_cluster_says_itself_what_its_devices_are():
+    with pytest.raises(UsageError, match="--memory"):
+        make_topology(cluster="8xv100-16+4xa100-40", memory="4GiB")
+
+
+NODES = """
+[[nodes]]
+device = "v100-16"
+gpus = 8
+link = "25GB/s"
+network = "12.5GB/s"
+[[nodes]]
+device = "a100-40"
+gpus = 4
+count = 2
+memory = "30GiB"
+"""
+
+WIRES = """
+device = "a100-40"
+count = 3
+[[wires]]
+a = "GPU0"
+b = "GPU1"
+bandwidth = "50GB/s"
+[[wires]]
+a = "GPU1"
+b = "switch"
+bandwidth = "12GB/s"
+[[wires]]
+a = "GPU2"
+b = "switch"
+bandwidth = "12GB/s"
+"""
+
+
+def test_nodes_in_a_file(tmp_path):
+    path = tmp_path / "lab.toml"
+    path.write_text(NODES)
+    lab = make_topology(cluster=str(path))
+    assert lab.gpus == 16
+    assert lab.devices[15].memory_bytes == 30 * 2**30
+    assert [wire.bandwidth for wire in lab.wires if wire.a == 16] == [12.5e9]
+
+
+def test_wires_in_a_file(tmp_path):
+    path = tmp_path / "lab.toml"
+    path.write_text(WIRES)
+    with pytest.raises(InputFileError, match="no way from GPU0 to GPU2"):  # GPU1 forwards nothing
+        make_topology(cluster=str(path))
+    path.write_text(WIRES + '[[wires]]\na = "GPU0"\nb = "switch"\nbandwidth = "10GB/s"\n')
+    lab = make_topology(cluster=str(path))
+    network = Network(lab)
+    assert [network.name(port) for port in network.route(1, 0)] == ["GPU1 to GPU0"]
+    assert [network.name(port) for port in network.route(2, 0)] == [
+        "GPU2 to switch",
+        "switch to GPU0",
+    ]
+    path.write_text(WIRES + '[[wires]]\na = "GPU7"\nb = "switch"\nbandwidth = "10GB/s"\n')
+    with pytest.raises(InputFileError, match="GPU7: there are only 3 devices"):
+        make_topology(cluster=str(path))
+
+
+SMI = """
+\tGPU0\tGPU1\tGPU2\tGPU3\tmlx5_0\tCPU Affinity\tNUMA Affinity
+GPU0\t X \tNV2\tSYS\tSYS\tPIX\t0-9\t0
+GPU1\tNV2\t X \tSYS\tSYS\tPIX\t0-9\t0
+GPU2\tSYS\tSYS\t X \tPIX\tSYS\t10-19\t1
+GPU3\tSYS\tSYS\tPIX\t X \tSYS\t10-19\t1
+mlx5_0\tPIX\tPIX\tSYS\tSYS\t X \t\t
+
+Legend:
+  X    = Self
+"""
+
+
+def test_what_nvidia_smi_prints(tmp_path):
+    path = tmp_path / "topo.txt"
+    path.write_text(SMI)
+    with pytest.raises(UsageError, match="--device"):
+        make_topology(cluster=str(path))
+    lab = make_topology(cluster=str(path), device="v100-16")
+    network = Network(lab)
+    assert network.bandwidth(network.route(0, 1)[0]) == 50e9  # two NVLinks of 25 GB/s
+    assert [network.name(port) for port in network.route(2, 3)] == [
+        "GPU2 to PCIe2",
+        "PCIe2 to GPU3",
+    ]
+    across = [network.name(port) for port in network.route(0, 2)]
+    assert across[2:4] == ["socket0 to sockets", "sockets to socket2"]
+    path.write_text(SMI.replace("NV2", "NVX"))
+    with pytest.raises(InputFileError, match="row of GPU0: 'NVX' is no kind of link"):
+        make_topology(cluster=str(path), device="v100-16")
+    path.write_text("nothing")
+    with pytest.raises(InputFileError, match="starts with GPU0"):
+        make_topology(cluster=str(path), device="v100-16")
+
+
+def test_nvlinks_that_no_gpu_has_lead_to_a_switch(tmp_path):
+    rows = ["GPU0 GPU1 GPU2 GPU3"]
+    rows += [f"GPU{a} " + " ".join("X" if a == b else "NV12" for b in range(4)) for a in range(4)]
+    path = tmp_path / "topo.txt"
+    path.write_text("\n".join(rows))
+    lab = make_topology(cluster=str(path), device="a100-40")
+    names = [Network(lab).name(port) for port in Network(lab).route(0, 3)]
+    assert names == ["GPU0 to NVSwitch", "NVSwitch to GPU3"]
+    assert Network(lab).bandwidth(Network(lab).route(0, 3)[0]) == 300e9
+
+
+def test_a_dgx1_is_a_cube_mesh():
+    mesh = make_topology(cluster="dgx-1")
+    network = Network(mesh)
+    assert mesh.gpus == 8
+    for rank in range(8):
+        nvlinks = [
+            wire for wire in mesh.wires if rank in (wire.a, wire.b) and max(wire.a, wire.b) < 8
+        ]
+        assert sum(wire.bandwidth for wire in nvlinks) == 150e9  # six links each
+    assert len(network.route(0, 4)) == 1
+    assert len(network.route(0, 5)) > 2  # over PCIe and the sockets: GPUs do not forward
+
+
+def test_a_mixed_topology_goes_through_json():
+    for cluster in ("dgx-1", "8xv100-16+4xa100-40"):
+        topology = make_topology(cluster=cluster)
+        assert Topology.from_json(json.loads(json.dumps(topology.to_json()))) == topology

@@ -215,10 +215,7 @@ class Search:
             tried = Candidate(model, lay_out(instance, shape, mixes), candidate.bound)
             self._chain(tried)
             if tried.stages is not None:
-                better = improve(instance, tried.shape, tried.stages, model.recompute)
-                if better != tried.shape:
-                    tried = Candidate(model, better, candidate.bound)
-                    self._chain(tried)
+                self._tidy(tried)
         self._close(candidate, "dynamic program")
         layouts = None
         if not candidate.closed_by:
@@ -226,6 +223,20 @@ class Search:
         if layouts is not None:
             candidate.closed_by = "layouts"
             self.candidates += [Candidate(model, found, candidate.bound) for found in layouts]
+
+    def _tidy(self, tried: Candidate) -> None:
+        """Exchange devices as long as that makes the period shorter, or links less busy."""
+        assert tried.stages is not None
+        instance, recompute = tried.model.instance, tried.model.recompute
+        better = Candidate(
+            tried.model, improve(instance, tried.shape, tried.stages, recompute), tried.bound
+        )
+        if better.shape != tried.shape:
+            self._chain(better)
+            if self.best is tried and better.stages is not None:
+                old, new = (judge(c, c.stages or ())[0] for c in (tried, better))
+                if new.busiest_s <= old.busiest_s * (1 + TOLERANCE):
+                    self.best = better
 
     def _chain(self, candidate: Candidate) -> None:
         model, shape = candidate.model, candidate.shape

@@ -1,0 +1,169 @@
+"""Devices and links that differ: equal to brute force, and what a topology can be."""
+
+import pytest
+from bruteforce import best_rate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2bw.compiler.devices import Device
+from p2bw.compiler.placement import Limits, solve
+from p2bw.compiler.problem import (
+    BlockCost,
+    Constraints,
+    ParameterCost,
+    PlacementProblem,
+    TensorCost,
+    Times,
+)
+from p2bw.compiler.topology import Level, Others, Topology, Wire
+from p2bw.runtime.errors import InfeasibleError
+
+small = st.integers(0, 9)
+size = st.integers(0, 20)
+
+
+def device(name, memory):
+    return Device(
+        name=name,
+        memory_bytes=memory,
+        flops={"float32": 1.0},
+        bandwidth=1.0,
+        link=1.0,
+        context_bytes=0,
+        lost_fraction=0.0,
+    )
+
+
+@st.composite
+def topologies(draw):
+    """Up to 4 devices of up to 3 kinds, in a tree of levels or a graph of wires."""
+    gpus = draw(st.sampled_from([4, 4, 3, 3, 2, 1]))
+    kinds = draw(st.integers(1, min(3, gpus)))
+    memory = st.sampled_from([150, 200, 300, 10**6])
+    runs = [1] * kinds
+    for _ in range(gpus - kinds):
+        runs[draw(st.integers(0, kinds - 1))] += 1
+    devices = [device(f"kind{i}", draw(memory)) for i in range(kinds)]
+    more = tuple(Others(device=d, gpus=n) for d, n in zip(devices[1:], runs[1:], strict=True))
+    speed = st.sampled_from([20.0, 50.0, 200.0, 1e9])
+    common = {"name": "toy", "device": devices[0], "gpus": gpus, "more": more}
+    if draw(st.booleans()):
+        node = draw(st.integers(1, gpus))
+        levels = [Level(name="node", size=node, bandwidth=draw(speed))]
+        if gpus > node:
+            levels.append(Level(name="network", size=-(-gpus // node), bandwidth=draw(speed)))
+        return Topology(**common, levels=tuple(levels))
+    # Every device at one of two switches, and some wires between devices.
+    wires = [Wire(a=gpus, b=gpus + 1, bandwidth=draw(speed))]
+    wires += [
+        Wire(a=rank, b=gpus + draw(st.integers(0, 1)), bandwidth=draw(speed))
+        for rank in range(gpus)
+    ]
+    for a in range(gpus):
+        for b in range(a + 1, gpus):
+            if draw(st.integers(0, 2)) == 0:
+                wires.append(Wire(a=a, b=b, bandwidth=draw(speed)))
+    return Topology(**common, wires=tuple(wires), switches=("left", "right"))
+
+
+@st.composite
+def problems(draw):
+    """Up to 9 blocks with skips, fan-out, ties, constraints, and limits that bind."""
+    topology = draw(topologies())
+    others = [kind.name for kind in topology.kinds[1:]]
+    count = draw(st.sampled_from([9, 8, 7, 6, 5, 4, 3, 2, 1]))
+    names = [f"b{i}" for i in range(count)]
+    seconds = small.map(lambda tenths: tenths / 10)
+    blocks = tuple(
+        BlockCost(
+            name=name,
+            forward_s=draw(seconds),
+            backward_s=draw(seconds),
+            on={kind: Times(forward_s=draw(seconds), backward_s=draw(seconds)) for kind in others},
+            stash_bytes=draw(size),
+            transient_bytes=draw(size),
+            buffer_bytes=draw(small),
+        )
+        for name in names
+    )
+    tensors = []
+    for producer in range(count - 1):
+        readers = draw(st.sets(st.integers(producer + 1, count - 1), max_size=3))
+        if producer % 3 or draw(st.booleans()):
+            readers.add(producer + 1)  # mostly connected: a row with skips
+        if readers:
+            tensors.append(
+                TensorCost(
+                    name=f"t{producer}",
+                    producer=names[producer],
+                    consumers=tuple(names[reader] for reader in sorted(readers)),
+                    bytes=draw(size),
+                    gradient_bytes=draw(size),
+                    saved=draw(st.booleans()),
+                )
+            )
+    parameters = tuple(
+        ParameterCost(
+            name=f"w{i}",
+            bytes=draw(size),
+            gradient_bytes=draw(size),
+            optimizer_bytes=draw(size),
+            update_s=draw(seconds),
+            on={kind: draw(seconds) for kind in others},
+            blocks=tuple(sorted(draw(st.sets(st.sampled_from(names), min_size=1, max_size=3)))),
+        )
+        for i in range(draw(st.integers(0, 4)))
+    )
+    return PlacementProblem(
+        microbatch=draw(st.integers(1, 3)),
+        schedule=draw(st.sampled_from(["2bw", "2bw", "flush", "gpipe", "stash"])),
+        microbatches=draw(st.sampled_from([None, None, 4])),
+        blocks=blocks,
+        tensors=tuple(tensors),
+        parameters=parameters,
+        topology=topology,
+        constraints=draw(constraints(names, [tensor.name for tensor in tensors])),
+    )
+
+
+@st.composite
+def constraints(draw, names, tensors):
+    if draw(st.integers(0, 3)):
+        return Constraints()
+    pairs = st.tuples(st.sampled_from(names), st.sampled_from(names))
+    return Constraints(
+        pin=draw(st.dictionaries(st.sampled_from(names), st.integers(0, 1), max_size=1)),
+        together=tuple(draw(st.lists(pairs, max_size=1))),
+        apart=tuple(p for p in draw(st.lists(pairs, max_size=1)) if p[0] != p[1]),
+        never_cut=tuple(draw(st.lists(st.sampled_from(tensors), max_size=1)) if tensors else ()),
+        max_stages=draw(st.sampled_from([None, 2, 3])),
+    )
+
+
+def check(problem, policy, limits):
+    widths = None if not problem.topology.uniform else range(1, problem.topology.gpus + 1)
+    expected = best_rate(problem, policy)
+    try:
+        found = solve({problem.microbatch: problem}, recompute=policy, widths=widths, limits=limits)
+    except InfeasibleError:
+        assert expected is None
+        return
+    assert expected is not None
+    assert found.samples_per_s == pytest.approx(expected, rel=1e-5)
+    assert found.status == "optimal"
+    assert found.gap <= 1e-5
+
+
+policies = st.sampled_from(["auto", "auto", "auto", "always", "never"])
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(problem=problems(), policy=policies)
+def test_the_optimum_is_that_of_brute_force(problem, policy):
+    check(problem, policy, Limits())
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(problem=problems(), policy=policies)
+def test_nor_does_it_take_all_ideals(problem, policy):
+    check(problem, policy, Limits(ideals=4))
