@@ -6,6 +6,7 @@ cure says that less may do.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from p2bw.compiler import units
@@ -94,12 +95,11 @@ class NoPlanError(InfeasibleError):
 
 def _lines(cures: Sequence[Cure]) -> Iterator[str]:
     """A line for each cure; of many constraints, the first."""
-    dropped = [cure for cure in cures if cure.kind == "constraint"]
-    for cure in cures:
-        if cure not in dropped[SHOWN:]:
-            yield str(cure)
-        elif cure is dropped[SHOWN]:
-            yield f"or without one of {len(dropped) - SHOWN} other constraints"
+    for kind, some in groupby(cures, lambda cure: cure.kind):
+        texts = list(map(str, some))
+        yield from texts[:SHOWN] if kind == "constraint" else texts
+        if kind == "constraint" and len(texts) > SHOWN:
+            yield f"or without one of {len(texts) - SHOWN} other constraints"
 
 
 def infeasible(reason: str, request: Request, limits: Limits) -> NoPlanError:
@@ -194,25 +194,24 @@ class _Cures:
         yield from self._devices()
 
     def _smallest(
-        self, kind: Kind, amounts: Sequence[int], change: Callable[[int], Request | None]
+        self, amounts: Sequence[int], change: Callable[[int], Request | None], gallop: bool
     ) -> tuple[int, bool] | None:
-        """The first of the amounts, smaller changes first, that is enough, if one is.
+        """Number of the first of the amounts, from small changes to large, that is enough.
 
-        What is enough stays so in a larger change. And whether less is proven not to be.
+        A larger change than that is enough too. And whether less is proven not to be.
         """
 
         def enough(i: int) -> bool | None:
             changed = change(amounts[i])
             return self.fits(changed) if changed is not None else False
 
-        # Gallop: the cheap questions first.
-        low, high, refuted = -1, 0, True
-        while not (found := enough(min(high, len(amounts) - 1))):
+        last = len(amounts) - 1
+        low, high, refuted = -1, 0 if gallop else last, True
+        while not (found := enough(high)):
             low, refuted = high, found is False
-            if high >= len(amounts) - 1:
+            if high == last:
                 return None
-            high = 2 * high + 1
-        high = min(high, len(amounts) - 1)
+            high = min(2 * high + 1, last)
         while high - low > 1:
             middle = (low + high) // 2
             found = enough(middle)
@@ -228,8 +227,9 @@ class _Cures:
         amounts: Sequence[int],
         change: Callable[[int], Request | None],
         say: Callable[[int], str],
+        gallop: bool = True,
     ) -> Iterator[Cure]:
-        found = self._smallest(kind, amounts, change) if amounts else None
+        found = self._smallest(amounts, change, gallop) if amounts else None
         if found is not None:
             amount = amounts[found[0]]
             changed = change(amount)
@@ -276,7 +276,10 @@ class _Cures:
             for size in range(least - 1, 0, -1)
             if not isinstance(self.request.sizes, Mapping) or size in self.request.sizes
         ]
-        yield from self._cure("microbatch", sizes, change, lambda size: f"--microbatch {size}")
+        # A problem at another size may have to be traced: few questions.
+        yield from self._cure(
+            "microbatch", sizes, change, lambda size: f"--microbatch {size}", gallop=False
+        )
 
     def _microbatches(self) -> Iterator[Cure]:
         """Fewer per update where each is in flight; more where 2BW needs one for each stage."""
