@@ -341,6 +341,48 @@ def solve_command(
             print_solution(solution)
 
 
+@app.command("explain")
+def explain_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="An artifact, or a placement problem.")
+    ],
+    depth: Annotated[int | None, typer.Option(help="Solve for so many stages only.")] = None,
+    width: Annotated[int | None, typer.Option(help="Solve for so many replicas only.")] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="auto, always or never.  [the plan's, or auto]")
+    ] = None,
+    limit: Limit = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say which limits bind, what moving a block would cost, and what one more GB would buy."""
+    with _reporting(debug):
+        from p2bw.compiler.explanation import explain_file
+        from p2bw.compiler.placement.cures import NoPlanError
+        from p2bw.explanation import print_explanation
+        from p2bw.progress import progress
+
+        try:
+            with progress(quiet) as say:
+                found = explain_file(
+                    path,
+                    depth=depth,
+                    width=width,
+                    recompute=recompute,
+                    stop=_stop(limit, say),
+                    progress=say,
+                )
+        except NoPlanError as error:
+            if as_json:
+                _print_json(error.to_json())
+            raise
+        if as_json:
+            _print_json(found.to_json())
+        elif not quiet:
+            print_explanation(found)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

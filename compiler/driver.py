@@ -14,6 +14,7 @@ from p2bw.compiler.artifact import check_destination, check_file, write_artifact
 from p2bw.compiler.describe import describe_stages, tensor_spec, tied_parameters
 from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
+from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.placement.result import Limits, Placement
@@ -193,9 +194,16 @@ def compile_model(
     with compiler.phase("emit"):
         progress(f"writing {placement.depth} stages")
         plan, stages = _plan(compiler, placement)
-        write_artifact(out, {"plan.json": plan.to_json(), **stages, **_source(file)})
+        solved = compiler.problem(placement.microbatch).to_json()
+        files: dict[str, str | bytes] = {
+            "plan.json": plan.to_json(),
+            PROBLEM: solved,
+            **stages,
+            **_source(file),
+        }
+        write_artifact(out, files)
         if problem is not None:
-            write_file(Path(problem), compiler.problem(placement.microbatch).to_json())
+            write_file(Path(problem), solved)
     return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
 
 

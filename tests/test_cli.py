@@ -122,7 +122,7 @@ def test_compile_show_and_verify_speak_json_and_nothing_else(tmp_path: Path) -> 
         "04_group_blocks.txt",
     ]
     artifact = tmp_path / "build" / "model"
-    assert {p.name for p in artifact.iterdir()} == {"plan.json", "stages", "source"}
+    assert {p.name for p in artifact.iterdir()} == {"plan.json", "problem.json", "stages", "source"}
     assert sorted(p.name for p in (artifact / "stages").iterdir()) == ["stage_0.py", "stage_1.py"]
 
     shown = json.loads(p2bw("show", "build/model", "--json", cwd=tmp_path).stdout)

@@ -7,7 +7,7 @@ cure says that less may do.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from p2bw.compiler import units
 from p2bw.compiler.devices import GIB, MIB, Device
@@ -91,6 +91,12 @@ class NoPlanError(InfeasibleError):
         lines = [f"\n  {text}" for text in _lines(cures)]
         what = ". What fits, each alone:" if lines else "; no single change was found that fits"
         super().__init__(reason + what + "".join(lines))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `p2bw explain --json`."""
+        fields = ("kind", "text", "amount", "smallest")
+        cures = [{field: getattr(cure, field) for field in fields} for cure in self.cures]
+        return {"feasible": False, "reason": self.reason, "cures": cures}
 
 
 def _lines(cures: Sequence[Cure]) -> Iterator[str]:

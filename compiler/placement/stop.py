@@ -13,6 +13,10 @@ from p2bw.runtime.errors import TimeLimitError
 POLL_S = 0.05  # how often a running CP-SAT solve is asked whether to go on
 
 
+class Interrupted(KeyboardInterrupt):
+    """The first Ctrl-C ended a search that had found nothing yet."""
+
+
 class Stop:
     """Asked often by a search: does it have to end now?
 
@@ -45,7 +49,7 @@ class Stop:
     def error(self) -> BaseException:
         """What to raise when a search had to end before it had found anything."""
         if self.interrupted:
-            return KeyboardInterrupt()
+            return Interrupted()
         return TimeLimitError(
             f"no placement found within {self.reason}, and none ruled out; raise --limit, fix the "
             "number of stages, or offer more memory"

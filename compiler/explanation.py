@@ -1,0 +1,89 @@
+"""explain_file: the explanation of an artifact, or of the best placement of a problem file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from p2bw.compiler.placement.cures import Request
+from p2bw.compiler.placement.dp import Recompute
+from p2bw.compiler.placement.evaluate import choose_recompute
+from p2bw.compiler.placement.explain import Explanation, Placed, explain, place
+from p2bw.compiler.placement.instance import make_instance
+from p2bw.compiler.placement.result import Limits
+from p2bw.compiler.placement.stop import Stop
+from p2bw.compiler.plan import Plan, read_plan
+from p2bw.compiler.problem import PlacementProblem, read_problem
+from p2bw.compiler.readers import read_any
+from p2bw.runtime.errors import InputFileError, UsageError
+
+PROBLEM = "problem.json"  # in an artifact: what was solved, at the microbatch that was chosen
+
+_POLICIES: dict[str, Recompute] = {"auto": "auto", "always": "always", "never": "never"}
+
+
+def explain_file(
+    path: Path,
+    *,
+    depth: int | None = None,
+    width: int | None = None,
+    recompute: str | None = None,
+    stop: Stop | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Explanation:
+    """Explain the plan of an artifact, or the best placement of a PlacementProblem.
+
+    `depth`, `width` and `recompute` narrow down what is solved; an artifact's plan is explained as
+    it is. NoPlanError says what would help where nothing fits.
+    """
+    for name, value in (("depth", depth), ("width", width)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: give a number from 1 on")
+    if recompute is not None and recompute not in _POLICIES:
+        raise UsageError(f"--recompute {recompute}: give auto, always or never")
+    plan = read_plan(path) if path.is_dir() else None
+    problem = _problem(path)
+    policy = _POLICIES[recompute or "auto"]
+    if plan is not None and recompute is None:
+        policy = _policy(plan, problem)
+    request = Request(
+        (problem,),
+        None if depth is None else (depth,),
+        None if width is None else (width,),
+        policy,
+        {},
+    )
+    with stop or Stop() as stop:
+        limits = Limits(stop=stop)
+        placed = place(request, limits, progress) if plan is None else _placed(plan, policy)
+        return explain(request, placed, limits, progress)
+
+
+def _problem(path: Path) -> PlacementProblem:
+    if path.is_dir():
+        if not (path / PROBLEM).is_file():
+            raise InputFileError(f"{path} has no {PROBLEM}; compile the model again")
+        return read_problem(path / PROBLEM)
+    problem = read_any(path)
+    if not isinstance(problem, PlacementProblem):
+        raise UsageError(f"{path} is no PlacementProblem; only those and artifacts are explained")
+    return problem
+
+
+def _policy(plan: Plan, problem: PlacementProblem) -> Recompute:
+    """What the plan was made with, as far as its stages tell."""
+    chosen = tuple(stage.recompute for stage in plan.stages)
+    placed = _placed(plan, "auto")
+    instance = make_instance(problem)
+    home = {block.name: placed.stage_of_block.get(block.name, 0) for block in problem.blocks}
+    stages = [home[problem.blocks[blocks[0]].name] for blocks in instance.groups]
+    if chosen == choose_recompute(instance, placed.shape, stages, "auto"):
+        return "auto"
+    return "always" if all(chosen) else "never"
+
+
+def _placed(plan: Plan, recompute: Recompute) -> Placed:
+    return Placed(
+        ranks=tuple(stage.devices for stage in plan.stages),
+        stage_of_block={name: stage.index for stage in plan.stages for name in stage.blocks},
+        recompute=recompute,
+        optimal=plan.optimality.status == "optimal",
+    )
