@@ -12,7 +12,7 @@ from torch import fx
 
 from p2bw.compiler.program import Block, Program, tensor_arguments
 from p2bw.compiler.storage import Storage, is_contiguous, storage_of
-from p2bw.passes.contract import Contraction, Cut, Size, UnionFind
+from p2bw.compiler.placement.contraction import Contraction, Size, UnionFind
 
 _aten = torch.ops.aten
 # These fail, or mean something else, if their input's strides change.
@@ -27,29 +27,19 @@ _STRIDE_SENSITIVE = frozenset(
 )
 
 
-def group_blocks(
-    program: Program,
-    *,
-    granularity: float = 192,
-    max_blocks: int = 400,
-    indivisible: Collection[str] = (),
-) -> Program:
-    """Divide the compute nodes into blocks whose graph has no cycle.
+def group_blocks(program: Program, *, indivisible: Collection[str] = ()) -> Program:
+    """Divide the compute nodes into the smallest blocks whose graph has no cycle.
 
     Nodes that cannot be told apart stay together: a tuple and its items, writes in place and those
-    who see them, calls of the `indivisible` modules. Then blocks merge where that costs the
-    placement nothing or little, up to 1/granularity of the program's time and parameters, or more
-    if there would be more than max_blocks.
+    who see them, calls of the `indivisible` modules. What takes no time and has no parameters (a
+    view) goes with the operator that it serves. How many blocks the placement looks at at once is
+    its own business (compiler/placement/coarsen.py).
     """
     nodes = program.compute_nodes
     groups = _mandatory_groups(program, nodes, indivisible)
     group_of = {node: i for i, group in enumerate(groups) for node in group}
     contraction = Contraction(_sizes(program, nodes, groups), _cuts(program, nodes, group_of))
-    while True:
-        contraction.run(1 / granularity)
-        if contraction.count <= max_blocks or granularity < 1:
-            break
-        granularity /= 1.5
+    contraction.run(0.0)
     merged = [
         sorted(chain.from_iterable(groups[i] for i in members))
         for members in contraction.joined.groups()
@@ -264,19 +254,19 @@ def _seconds(program: Program, node: fx.Node) -> float:
 
 def _cuts(
     program: Program, nodes: Sequence[fx.Node], group_of: dict[int, int]
-) -> dict[tuple[int, int], Cut]:
+) -> dict[tuple[int, int], int]:
     """Per edge between groups: the bytes alive, in program order, where it would be cut."""
     position = {node: i for i, node in enumerate(nodes)}
     alive = _alive(program, nodes, position)
-    cuts: dict[tuple[int, int], Cut] = {}
+    cuts: dict[tuple[int, int], int] = {}
     for i, node in enumerate(nodes):
         for argument in tensor_arguments(node):
             start = position.get(argument)
             if start is None or group_of[start] == group_of[i]:
                 continue
             edge = (group_of[start], group_of[i])
-            cut = Cut(min(alive[start], alive[i - 1]), not _is_contiguous(program, argument))
-            cuts[edge] = cut | cuts[edge] if edge in cuts else cut
+            cut = min(alive[start], alive[i - 1])
+            cuts[edge] = min(cut, cuts.get(edge, cut))
     return cuts
 
 

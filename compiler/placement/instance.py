@@ -5,7 +5,7 @@ machine: a plan must not depend on how a library adds.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,18 +143,27 @@ class Instance:
         return {block.name: found[i] for i, block in enumerate(self.problem.blocks)}
 
 
-def make_instance(problem: PlacementProblem) -> Instance:
-    """Contract the blocks that must share a stage and put the groups in a topological order."""
+def make_instance(
+    problem: PlacementProblem, together: Iterable[Sequence[int]] = ()
+) -> Instance:
+    """Contract the blocks that must share a stage and put the groups in a topological order.
+
+    `together`: numbers of blocks to contract besides those that the problem's constraints name.
+    """
     number = {block.name: i for i, block in enumerate(problem.blocks)}
-    together = _together(problem, number)
+    together = [*_together(problem, number), *(found for found in together if len(found) > 1)]
     edges: dict[int, set[int]] = {i: set() for i in range(len(number))}
     for tensor in problem.tensors:
         for consumer in tensor.consumers:
             edges[number[tensor.producer]].add(number[consumer])
     leader = _contract(edges, together)
     order = _topological(edges, leader)
-    groups = tuple(tuple(i for i, own in enumerate(leader) if own == first) for first in order)
-    group_of = [order.index(own) for own in leader] if together else _inverse(order)
+    place = {first: group for group, first in enumerate(order)}
+    group_of = [place[own] for own in leader]
+    members: list[list[int]] = [[] for _ in order]
+    for block, group in enumerate(group_of):
+        members[group].append(block)
+    groups = tuple(map(tuple, members))
 
     def total(values: list[int]) -> Numbers:
         sums = np.zeros(len(groups), np.int64)
@@ -205,7 +214,7 @@ def _together(problem: PlacementProblem, number: dict[str, int]) -> list[list[in
     return [found for found in sets if len(set(found)) > 1]
 
 
-def _contract(edges: dict[int, set[int]], together: list[list[int]]) -> list[int]:
+def _contract(edges: dict[int, set[int]], together: Sequence[Sequence[int]]) -> list[int]:
     """The first block of each block's group.
 
     What lies on a path between two blocks of one stage must be there as well: the groups are the
@@ -219,7 +228,7 @@ def _contract(edges: dict[int, set[int]], together: list[list[int]]) -> list[int
     graph.add_nodes_from(edges)
     graph.add_edges_from((u, v) for u, found in edges.items() for v in found)
     for blocks in together:
-        graph.add_edges_from(zip(blocks, blocks[1:] + blocks[:1], strict=True))
+        graph.add_edges_from(zip(blocks, (*blocks[1:], blocks[0]), strict=True))
     leader = list(edges)
     for component in nx.strongly_connected_components(graph):
         for block in component:
@@ -247,13 +256,6 @@ def _topological(edges: dict[int, set[int]], leader: list[int]) -> list[int]:
                 heapq.heappush(ready, v)
     assert len(order) == len(successors), "the groups form a cycle"
     return order
-
-
-def _inverse(order: list[int]) -> list[int]:
-    found = [0] * len(order)
-    for position, block in enumerate(order):
-        found[block] = position
-    return found
 
 
 def _times(problem: PlacementProblem, kinds: list[str]) -> tuple[list[list[int]], list[list[int]]]:

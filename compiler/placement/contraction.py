@@ -1,7 +1,7 @@
 """Contract a weighted directed acyclic graph along edges that cannot close a cycle."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 _DUST = 1 / 16  # of the limit: what is smaller may join a block that is full already,
@@ -34,28 +34,22 @@ class UnionFind:
         return (tuple(found) for found in members.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """What a cut across an edge would cost: bytes that are alive there, and how they lie."""
-
-    bytes: int
-    strided: bool  # a tensor that is not contiguous would have to cross
-
-    def __or__(self, other: "Cut") -> "Cut":
-        return Cut(min(self.bytes, other.bytes), self.strided or other.strided)
-
-
 Size = tuple[float, ...]  # shares of several resources, each of a total of 1
 
 
 @dataclass(slots=True)
 class Contraction:
-    """A graph on 0 .. n-1 (numbered in a topological order) while its nodes are being merged."""
+    """A graph on 0 .. n-1 (numbered in a topological order) while its nodes are being merged.
+
+    `cuts`: for each edge, the bytes that would have to cross if the graph were cut there; `alone`:
+    nodes that are merged with no other.
+    """
 
     sizes: list[Size]
-    cuts: Mapping[tuple[int, int], Cut]
+    cuts: Mapping[tuple[int, int], int]
+    alone: Collection[int] = ()
     joined: UnionFind = field(init=False)
-    _after: list[dict[int, Cut]] = field(init=False)
+    _after: list[dict[int, int]] = field(init=False)
     _before: list[set[int]] = field(init=False)
     _cores: list[float] = field(init=False)  # the largest share of any node merged into a node
     count: int = field(init=False)
@@ -88,11 +82,12 @@ class Contraction:
                 for edge in self._merge(u, v):
                     heapq.heappush(heap, self._key(*edge))
 
-    def _key(self, u: int, v: int) -> tuple[bool, int, bool, int, int]:
-        cut = self._after[u][v]
-        return (len(self._after[u]) > 1, -cut.bytes, not cut.strided, u, v)
+    def _key(self, u: int, v: int) -> tuple[bool, int, int, int]:
+        return (len(self._after[u]) > 1, -self._after[u][v], u, v)
 
     def _mergeable(self, u: int, v: int, limit: float) -> bool:
+        if u in self.alone or v in self.alone:
+            return False
         size = max(a + b for a, b in zip(self.sizes[u], self.sizes[v], strict=True))
         dust = min(max(self.sizes[u]), max(self.sizes[v])) <= _DUST * limit
         swept = dust and size <= _SLACK * max(limit, self._cores[u], self._cores[v])
@@ -112,14 +107,12 @@ class Contraction:
             a + b for a, b in zip(self.sizes[keep], self.sizes[drop], strict=True)
         )
         for w, cut in self._after[drop].items():
-            known = self._after[keep].get(w)
-            self._after[keep][w] = cut if known is None else cut | known
+            self._after[keep][w] = min(cut, self._after[keep].get(w, cut))
             self._before[w].remove(drop)
             self._before[w].add(keep)
         for w in self._before[drop]:
             cut = self._after[w].pop(drop)
-            known = self._after[w].get(keep)
-            self._after[w][keep] = cut if known is None else cut | known
+            self._after[w][keep] = min(cut, self._after[w].get(keep, cut))
             self._before[keep].add(w)
         self._after[drop] = {}
         self._before[drop] = set()

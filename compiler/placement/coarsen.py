@@ -1,0 +1,98 @@
+"""coarsen: fewer, larger groups. Every placement of them is one of the finer groups as well.
+
+Groups merge where a cut would be costly, as long as they stay small. Around the cuts of a placement
+they are taken apart again, so that a search that starts from it can move the cuts a little.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from p2bw.compiler.placement.contraction import Contraction
+from p2bw.compiler.placement.instance import Instance, Numbers, make_instance
+
+GRANULARITY = 192  # a coarse group has at most so small a share of the time and of the parameters,
+MAX_GROUPS = 400  # or more of it where there would be more groups than this
+
+Sets = tuple[tuple[int, ...], ...]  # groups of an instance, by the coarse group that they are in
+
+
+def coarsen(instance: Instance, granularity: float = GRANULARITY, most: int = MAX_GROUPS) -> Sets:
+    """Sets of groups, small and without a cycle between them; what is pinned stays alone."""
+    alone = {*instance.pin, *chain.from_iterable(instance.apart)}
+    contraction = Contraction(_sizes(instance), _cuts(instance), alone)
+    while True:
+        contraction.run(1 / granularity)
+        if contraction.count <= most or granularity < 1:
+            return tuple(contraction.joined.groups())
+        granularity /= 1.5
+
+
+def merged(instance: Instance, sets: Sets) -> Instance:
+    """The instance with each set of its groups as one."""
+    together = [tuple(chain.from_iterable(instance.groups[g] for g in found)) for found in sets]
+    return make_instance(instance.problem, together)
+
+
+def finer_stages(
+    fine: Instance, coarse: Instance, stages: Sequence[int]
+) -> tuple[int, ...]:
+    """The stage of each group of `fine`, from those of the groups of `coarse`."""
+    home = {
+        block: stage
+        for blocks, stage in zip(coarse.groups, stages, strict=True)
+        for block in blocks
+    }
+    return tuple(home[blocks[0]] for blocks in fine.groups)
+
+
+def taken_apart(instance: Instance, sets: Sets, stages: Sequence[int], reach: float) -> Sets:
+    """The sets with those dissolved that lie within `reach` of the work before a cut.
+
+    `reach` is a share of all work; `stages` is where each group is now.
+    """
+    work = work_ps(instance)
+    after = np.cumsum(work)
+    of_stage = np.bincount(stages, weights=work.astype(np.float64))
+    cuts = np.cumsum(of_stage)[:-1]
+    distance = reach * float(after[-1])
+    found: list[tuple[int, ...]] = []
+    for members in sets:
+        first, last = float(after[members[0]] - work[members[0]]), float(after[members[-1]])
+        place = np.searchsorted(cuts, first - distance)
+        near = place < len(cuts) and cuts[place] <= last + distance
+        found += [(group,) for group in members] if near else [members]
+    return tuple(found)
+
+
+def work_ps(instance: Instance) -> Numbers:
+    """Time of each group on the kind of device that is best for it."""
+    result: Numbers = (instance.forward_ps + instance.backward_ps).min(axis=0)
+    return result
+
+
+def _sizes(instance: Instance) -> list[tuple[float, ...]]:
+    """Each group's share of the time and of the parameters' bytes (tied ones: its first user)."""
+    weights = instance.weights.copy()
+    for tied in instance.tied:
+        weights[tied.groups[0]] += tied.state.weights
+    work = work_ps(instance)
+    return [
+        (int(time) / (int(work.sum()) or 1), int(size) / (int(weights.sum()) or 1))
+        for time, size in zip(work, weights, strict=True)
+    ]
+
+
+def _cuts(instance: Instance) -> dict[tuple[int, int], int]:
+    """Per edge: the bytes alive, in the order of the groups, where it would be cut."""
+    change = [0] * (instance.size + 1)
+    for edge in instance.edges:
+        change[edge.producer] += edge.bytes + edge.gradient
+        change[max(edge.consumers)] -= edge.bytes + edge.gradient
+    alive = np.cumsum(change).tolist()
+    return {
+        (edge.producer, consumer): min(alive[edge.producer], alive[consumer - 1])
+        for edge in instance.edges
+        for consumer in edge.consumers
+    }
