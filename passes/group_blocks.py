@@ -10,9 +10,9 @@ import networkx as nx
 import torch
 from torch import fx
 
+from p2bw.compiler.placement.contraction import Contraction, Size, UnionFind
 from p2bw.compiler.program import Block, Program, tensor_arguments
 from p2bw.compiler.storage import Storage, is_contiguous, storage_of
-from p2bw.compiler.placement.contraction import Contraction, Size, UnionFind
 
 _aten = torch.ops.aten
 # These fail, or mean something else, if their input's strides change.

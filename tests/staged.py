@@ -27,7 +27,7 @@ def program_of(path: Path, factory: str = "tiny", batch: int = 2) -> tuple[Model
     program = annotate_autograd(trace(file, batch))
     second = {node.name: 1.0 for node in program.compute_nodes}
     program = program.learn("annotate_time", forward_s=second, backward_s=second)
-    return file, group_blocks(program, granularity=1e12, max_blocks=10**9)
+    return file, group_blocks(program)
 
 
 def cut(program: Program, depth: int, seed: int | None = None) -> tuple[StageGraph, ...]:

@@ -23,7 +23,7 @@ PATHS = {architecture.name: architecture for architecture in CORPUS}
 def example(name: str) -> tuple[ModelFile, Program]:
     """A program of the session in blocks as small as they can be, to cut anywhere."""
     file, program = annotated(PATHS[name])
-    return file, group_blocks(program, granularity=1e12, max_blocks=10**9)
+    return file, group_blocks(program)
 
 
 @pytest.mark.parametrize("name", PATHS)

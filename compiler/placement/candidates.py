@@ -1,22 +1,40 @@
 """Candidates: every shape at every microbatch size, with a bound on what it can reach."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import numpy as np
+
+from p2bw.compiler.placement.coarsen import Sets, coarsen, merged
 from p2bw.compiler.placement.dp import Recompute, StepCosts, least_by_depth, step_costs
 from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Layout, Shape, ring_bytes
-from p2bw.compiler.placement.ideals import MAX_IDEALS, Family, make_family, make_steps
+from p2bw.compiler.placement.ideals import (
+    MAX_IDEALS,
+    Family,
+    make_family,
+    make_steps,
+    no_cuts,
+)
 from p2bw.compiler.placement.instance import PS, Instance, make_instance
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, UsageError
 
+DIRECT = 200  # ideals up to which all is solved at once, without a coarse model
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One microbatch size: its instance, and the steps that all its shapes share."""
+    """One microbatch size: its instance, and the steps that all its shapes share.
+
+    Where there are many groups, `coarse` has fewer of them, each one of `sets`; the steps of the
+    model itself are tabulated only within what a placement of those leaves to be looked at.
+    """
 
     instance: Instance
     costs: StepCosts  # without a shape
+    coarse: "Model | None" = None
+    sets: Sets = ()
 
     @property
     def family(self) -> Family:
@@ -25,6 +43,10 @@ class Model:
     @property
     def recompute(self) -> Recompute:
         return self.costs.recompute
+
+    def within(self, longest_s: float) -> "Model":
+        """With all steps that a device can hold and is busy with for no longer than that."""
+        return replace(self, costs=_costs(self.instance, self.family, self.recompute, longest_s))
 
 
 @dataclass(slots=True)
@@ -75,12 +97,42 @@ def make_models(
     for problem in problems:
         instance = make_instance(problem)
         if models and models[0].instance.predecessors == instance.predecessors:
-            family = models[0].family
+            models.append(_model_like(instance, models[0]))
         else:
-            family = make_family(instance, ideals)
-        costs = step_costs(instance, make_steps(instance, family), recompute)
-        models.append(Model(instance, costs))
+            models.append(_model(instance, recompute, ideals))
     return models
+
+
+def _model(instance: Instance, recompute: Recompute, ideals: int) -> Model:
+    """A model with all its steps where they are few; otherwise with none, and a coarse model."""
+    family = make_family(instance, ideals)
+    if not family.complete or len(family.members) > DIRECT:
+        sets = coarsen(instance, ideals)
+        if len(sets) < instance.size:
+            coarse = merged(instance, sets)
+            costs = _costs(coarse, make_family(coarse, ideals), recompute)
+            if not family.complete:
+                family = no_cuts(instance)
+            none = _costs(instance, family, recompute, -1.0)
+            return Model(instance, none, Model(coarse, costs), sets)
+    return Model(instance, _costs(instance, family, recompute))
+
+
+def _model_like(instance: Instance, known: Model) -> Model:
+    """The model of another microbatch size of the same graph."""
+    recompute = known.recompute
+    if known.coarse is None:
+        return Model(instance, _costs(instance, known.family, recompute))
+    coarse = merged(instance, known.sets)
+    costs = _costs(coarse, known.coarse.family, recompute)
+    none = _costs(instance, known.family, recompute, -1.0)
+    return Model(instance, none, Model(coarse, costs), known.sets)
+
+
+def _costs(
+    instance: Instance, family: Family, recompute: Recompute, longest_s: float = np.inf
+) -> StepCosts:
+    return step_costs(instance, make_steps(instance, family, longest_s), recompute)
 
 
 def make_shapes(
@@ -138,14 +190,16 @@ def _check(
 def make_candidates(models: Sequence[Model], shapes: Sequence[Shape]) -> list[Candidate]:
     """All shapes at all microbatch sizes, the most promising first; bound 0: impossible."""
     deepest = max((shape.depth for shape in shapes), default=0)
+    shares = [_network_shares(models[0].instance, shape) for shape in shapes]
     found = []
     for model in models:
         least = [0.0] * deepest
-        if model.family.complete:
+        if model.family.complete and model.coarse is None:
             least = least_by_depth(model.costs, deepest)
-        for shape in shapes:
+        sums = _sums(model)
+        for shape, share in zip(shapes, shares, strict=True):
             candidate = Candidate(model, shape, 0.0)
-            busiest_s = max(least[shape.depth - 1], _least_busy(model, shape))
+            busiest_s = max(least[shape.depth - 1], sums.least_busy(shape, share))
             if busiest_s < float("inf"):
                 candidate.bound = candidate.rate(busiest_s)
             else:
@@ -154,33 +208,66 @@ def make_candidates(models: Sequence[Model], shapes: Sequence[Shape]) -> list[Ca
     return sorted(found, key=lambda candidate: candidate.order)
 
 
-def _least_busy(model: Model, shape: Shape) -> float:
-    """Seconds that the busiest device or port needs, by sums alone."""
-    instance, topology = model.instance, model.instance.problem.topology
-    m = instance.problem.microbatches_at(shape.depth)
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What one microbatch takes in all groups together, on the devices that are best for it."""
+
+    problem: PlacementProblem
+    work_ps: int
+    largest_ps: int  # of one group
+    update_ps: int
+    gradients: int
+    bandwidth: float  # of the fastest device's port
+
+    def least_busy(self, shape: Shape, network: float) -> float:
+        """Seconds that the busiest device or port needs, by sums alone."""
+        m = self.problem.microbatches_at(shape.depth)
+        ring = ring_bytes(self.gradients, shape.width, m)
+        # Below what is attained, whatever the order of additions.
+        return (1 - 1e-12) * max(
+            (self.work_ps + self.update_ps / m) / shape.depth / PS,
+            self.largest_ps / PS,
+            ring / shape.depth / self.bandwidth,
+            ring * network,
+        )
+
+
+def _sums(model: Model) -> _Sums:
+    instance = model.instance
     again = 2 if model.recompute == "always" else 1
     work = (again * instance.forward_ps + instance.backward_ps).min(axis=0)
     states = [tied.state for tied in instance.tied]
-    update_ps = int(instance.update_ps.min(axis=0).sum())
-    update_ps += sum(min(state.update_ps) for state in states)
-    gradients = int(instance.gradients.sum()) + sum(state.gradients for state in states)
-    ring = ring_bytes(gradients, shape.width, m)
-    fastest = max(map(instance.network.device_bandwidth, range(topology.gpus)))
-    bounds = [
-        (int(work.sum()) + update_ps / m) / shape.depth / PS,
-        int(work.max()) / PS,
-        ring / shape.depth / fastest,
-    ]
-    for level in range(1, topology.tiers if shape.layout != "any" else 0):
-        # Every gradient goes around its ring; the busiest port has at least the mean load.
-        ports = {topology.unit(rank, level) for rank in range(shape.depth * shape.width)}
-        crossings = min(_ring_crossings(model, shape, level, k) for k in range(shape.depth))
-        bounds.append(crossings * ring / len(ports) / topology.levels[level].bandwidth)
-    # Below what is attained, whatever the order of additions.
-    return max(bounds) * (1 - 1e-12)
+    gpus = instance.problem.topology.gpus
+    return _Sums(
+        problem=instance.problem,
+        work_ps=int(work.sum()),
+        largest_ps=int(work.max()),
+        update_ps=int(instance.update_ps.min(axis=0).sum())
+        + sum(min(state.update_ps) for state in states),
+        gradients=int(instance.gradients.sum()) + sum(state.gradients for state in states),
+        bandwidth=max(map(instance.network.device_bandwidth, range(gpus))),
+    )
 
 
-def _ring_crossings(model: Model, shape: Shape, level: int, k: int) -> int:
-    topology = model.instance.problem.topology
-    units = [topology.unit(shape.rank(k, r), level) for r in range(shape.width)]
-    return sum(unit != units[r - 1] for r, unit in enumerate(units))
+def _network_shares(instance: Instance, shape: Shape) -> float:
+    """Seconds that the busiest port beyond the devices' own needs for a byte in all rings.
+
+    Every gradient goes around its ring; the busiest port has at least the mean load.
+    """
+    topology = instance.problem.topology
+    if shape.layout == "any" or shape.width == 1:
+        return 0.0
+    place = np.arange(shape.depth * shape.width)
+    if shape.ranks:
+        ranks = np.array(shape.ranks)
+    elif shape.layout == "stage-major":
+        ranks = place.reshape(shape.depth, shape.width)
+    else:
+        ranks = place.reshape(shape.width, shape.depth).T
+    share, unit = 0.0, ranks
+    for inner, level in pairwise(topology.levels):
+        unit = unit // inner.size
+        crossings = int((unit != np.roll(unit, 1, axis=1)).sum(axis=1).min())
+        ports = len(np.unique(unit))
+        share = max(share, crossings / ports / level.bandwidth)
+    return share

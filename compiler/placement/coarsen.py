@@ -5,28 +5,56 @@ they are taken apart again, so that a search that starts from it can move the cu
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from p2bw.compiler.placement.contraction import Contraction
+from p2bw.compiler.placement.ideals import all_ideals
 from p2bw.compiler.placement.instance import Instance, Numbers, make_instance
 
 GRANULARITY = 192  # a coarse group has at most so small a share of the time and of the parameters,
 MAX_GROUPS = 400  # or more of it where there would be more groups than this
+COARSEST = 32  # granularity below which fewer ideals are not worth it
 
 Sets = tuple[tuple[int, ...], ...]  # groups of an instance, by the coarse group that they are in
 
 
-def coarsen(instance: Instance, granularity: float = GRANULARITY, most: int = MAX_GROUPS) -> Sets:
-    """Sets of groups, small and without a cycle between them; what is pinned stays alone."""
+def coarsen(instance: Instance, ideals: int) -> Sets:
+    """Sets of groups, small and without a cycle between them; what is pinned stays alone.
+
+    As small as possible with at most `ideals` ideals, if sets that are still useful have so few.
+    """
     alone = {*instance.pin, *chain.from_iterable(instance.apart)}
     contraction = Contraction(_sizes(instance), _cuts(instance), alone)
+    first: Sets = ()
+    granularity = float(GRANULARITY)
     while True:
         contraction.run(1 / granularity)
-        if contraction.count <= most or granularity < 1:
-            return tuple(contraction.joined.groups())
+        if contraction.count <= MAX_GROUPS or granularity < 1:
+            sets = tuple(contraction.joined.groups())
+            first = first or sets
+            if all_ideals(_Quotient.of(instance, sets), ideals) is not None:
+                return sets
+            if granularity < COARSEST:
+                return first
         granularity /= 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Quotient:
+    """The order of the sets."""
+
+    predecessors: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(instance: Instance, sets: Sets) -> "_Quotient":
+        home = {group: i for i, members in enumerate(sets) for group in members}
+        before: list[set[int]] = [set() for _ in sets]
+        for group, found in enumerate(instance.predecessors):
+            before[home[group]].update(home[p] for p in found)
+        return _Quotient(tuple(tuple(sorted(found - {own})) for own, found in enumerate(before)))
 
 
 def merged(instance: Instance, sets: Sets) -> Instance:
@@ -35,9 +63,7 @@ def merged(instance: Instance, sets: Sets) -> Instance:
     return make_instance(instance.problem, together)
 
 
-def finer_stages(
-    fine: Instance, coarse: Instance, stages: Sequence[int]
-) -> tuple[int, ...]:
+def finer_stages(fine: Instance, coarse: Instance, stages: Sequence[int]) -> tuple[int, ...]:
     """The stage of each group of `fine`, from those of the groups of `coarse`."""
     home = {
         block: stage

@@ -210,17 +210,17 @@ def feasible_chain(costs: StepCosts, upper: float) -> tuple[float, tuple[int, ..
     return bound, None
 
 
-def least_by_depth(costs: StepCosts, depth: int) -> list[float]:
+def least_by_depth(costs: StepCosts, depth: int, gaps: bool = False) -> list[float]:
     """A lower bound on the bottleneck of pipelines of 1 .. depth stages, of any width and layout.
 
-    One sweep from the back gives all depths: what a stage keeps in flight depends on the number
-    of stages after it.
+    With `gaps`, stages may be empty. One sweep from the back gives all depths: what a stage keeps
+    in flight depends on the number of stages after it.
     """
 
     def cost(left: int) -> Floats:
         return costs.least_seconds(costs.instance.in_flight(0, left))
 
-    return _sweep(costs.steps, depth, cost)
+    return _sweep(costs.steps, depth, cost, gaps)
 
 
 def least_memory_by_depth(costs: StepCosts, depth: int) -> list[float]:
@@ -236,11 +236,15 @@ def least_memory_by_depth(costs: StepCosts, depth: int) -> list[float]:
     return _sweep(costs.steps, depth, cost)
 
 
-def _sweep(steps: Steps, depth: int, cost: Callable[[int], Floats]) -> list[float]:
+def _sweep(
+    steps: Steps, depth: int, cost: Callable[[int], Floats], gaps: bool = False
+) -> list[float]:
     rest = Rest(steps, 0.0)
     found = []
     for left in range(1, depth + 1):
+        empty = rest.values if gaps else np.inf
         rest = rest.before(np.maximum(cost(left), rest.after))
+        np.minimum(rest.values, empty, out=rest.values)
         found.append(float(rest.values[0]))
     return found
 

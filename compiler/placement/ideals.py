@@ -7,11 +7,12 @@ otherwise those along a few topological orders.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from p2bw.compiler.placement.instance import Instance, Numbers
+from p2bw.compiler.placement.instance import PS, Instance, Numbers
 
 MAX_IDEALS = 1600
 
@@ -26,20 +27,37 @@ class Ordered(Protocol):
     def predecessors(self) -> tuple[tuple[int, ...], ...]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Family:
     """Some ideals, by size; the first is empty and the last has all groups."""
 
     members: Flags  # ideal x group
     complete: bool  # these are all ideals there are
 
+    @cached_property
+    def pairs(self) -> tuple[Numbers, Numbers]:
+        """Every two ideals of which the first is a part of the second, sorted by the first."""
+        inside = self.members.astype(np.float32)
+        subset = (inside @ (1 - inside).T) == 0
+        np.fill_diagonal(subset, False)
+        source, target = np.nonzero(subset)
+        return source, target
+
 
 def make_family(instance: Ordered, limit: int = MAX_IDEALS) -> Family:
     """All ideals, or those along a few topological orders where there are more than `limit`."""
-    found = _all_ideals(instance, limit)
-    complete = found is not None
+    found = all_ideals(instance, limit)
     if found is None:
-        found = _along_orders(instance)
+        return _family(instance, _along_orders(instance), False)
+    return _family(instance, found, True)
+
+
+def no_cuts(instance: Ordered) -> Family:
+    """Nothing and everything: the one step of a single stage."""
+    return _family(instance, {0, (1 << len(instance.predecessors)) - 1}, False)
+
+
+def _family(instance: Ordered, found: set[int], complete: bool) -> Family:
     size = len(instance.predecessors)
     rows = sorted(found, key=lambda ideal: (ideal.bit_count(), ideal))
     packed = b"".join(ideal.to_bytes(size // 8 + 1, "little") for ideal in rows)
@@ -48,7 +66,7 @@ def make_family(instance: Ordered, limit: int = MAX_IDEALS) -> Family:
     return Family(members, complete)
 
 
-def _all_ideals(instance: Ordered, limit: int) -> set[int] | None:
+def all_ideals(instance: Ordered, limit: int) -> set[int] | None:
     """Breadth first, by adding one group whose predecessors are in; None beyond the limit."""
     needs = [sum(1 << p for p in found) for found in instance.predecessors]
     successors: list[list[int]] = [[] for _ in needs]
@@ -155,13 +173,16 @@ class Steps:
         return replace(self, **kept)
 
 
-def make_steps(instance: Instance, family: Family) -> Steps:
-    """Tabulate the steps between the ideals of a family."""
+def make_steps(instance: Instance, family: Family, longest_s: float = np.inf) -> Steps:
+    """Tabulate the steps between the ideals of a family.
+
+    With `longest_s`, only those that no device is busy with for longer, as far as it can hold them.
+    """
     members = family.members
-    inside = members.astype(np.float64)
-    subset = (inside @ (1.0 - inside).T) == 0
-    np.fill_diagonal(subset, False)
-    source, target = np.nonzero(subset)
+    source, target = family.pairs
+    if longest_s < np.inf:
+        kept = _can_be(instance, members, source, target, longest_s)
+        source, target = source[kept], target[kept]
     allowed, pinned = _allowed(instance, members, source, target)
     source, target, pinned = source[allowed], target[allowed], pinned[allowed]
 
@@ -204,6 +225,19 @@ def make_steps(instance: Instance, family: Family) -> Steps:
         exchanged=exchanged,
         pinned=pinned,
     )
+
+
+def _can_be(
+    instance: Instance, members: Flags, source: Numbers, target: Numbers, longest_s: float
+) -> Flags:
+    """Which steps take no longer on some kind of device, and fit into one, by what just adds up."""
+    time = members @ (instance.forward_ps + instance.backward_ps).min(axis=0)
+    state = instance.versions(1) * instance.weights + instance.gradients + instance.optimizer
+    size = members @ (state + instance.buffers + instance.stash)
+    room = max(map(instance.room, range(len(instance.forward_ps))))
+    found: Flags = time[target] - time[source] <= longest_s * PS * (1 + 1e-9)
+    found &= size[target] - size[source] <= room
+    return found
 
 
 def _allowed(

@@ -143,9 +143,7 @@ class Instance:
         return {block.name: found[i] for i, block in enumerate(self.problem.blocks)}
 
 
-def make_instance(
-    problem: PlacementProblem, together: Iterable[Sequence[int]] = ()
-) -> Instance:
+def make_instance(problem: PlacementProblem, together: Iterable[Sequence[int]] = ()) -> Instance:
     """Contract the blocks that must share a stage and put the groups in a topological order.
 
     `together`: numbers of blocks to contract besides those that the problem's constraints name.

@@ -16,6 +16,7 @@ class Limits:
     deterministic_s: float = 20.0  # of CP-SAT, over all shapes; a second is a few on a slow core
     ideals: int = MAX_IDEALS
     stop: Stop = field(default_factory=Stop)
+    gap: float = 0.0  # stop when nothing is better than the best by a larger share of it
     any_will_do: bool = False  # stop at the first placement: is there one at all?
 
 

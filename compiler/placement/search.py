@@ -95,9 +95,14 @@ def search_models(
 ) -> "Search":
     """The search of all shapes at all microbatch sizes: what it found, and what it left open."""
     shapes = make_shapes(models[0].instance, depths, widths)
-    search = Search(make_candidates(models, shapes), limits, progress)
-    search.dynamic_program()
-    search.integer_program(limits.deterministic_s)
+    if models[0].coarse is not None:
+        from p2bw.compiler.placement.levels import search_levels
+
+        search = search_levels(models, shapes, limits, progress)
+    else:
+        search = Search(make_candidates(models, shapes), limits, progress)
+        search.dynamic_program()
+    search.integer_program(limits.deterministic_s - search.spent)
     return search
 
 
@@ -138,15 +143,27 @@ class Search:
         self._any = limits.any_will_do
         self.best: Candidate | None = None
         self.rate = 0.0  # of the best
+        self._gap = max(limits.gap, TOLERANCE)
         self._progress = progress
 
     def open(self) -> list[Candidate]:
         """What may still hold something better, the most promising first."""
         for candidate in self.candidates:
-            if not candidate.closed_by and candidate.bound <= self.rate * (1 + TOLERANCE):
+            if not candidate.closed_by and candidate.bound <= self._enough:
                 candidate.closed_by = "bounds"
         left = [candidate for candidate in self.candidates if not candidate.closed_by]
         return sorted(left, key=lambda candidate: candidate.order)
+
+    @property
+    def _enough(self) -> float:
+        """What has no higher bound is not looked into."""
+        return self.rate * (1 + self._gap)
+
+    def longest_s(self, candidate: Candidate) -> float:
+        """How long a device may be busy in a placement that is worth finding."""
+        # Short of what is enough, so that what is proven to take longer has a bound within that.
+        wanted = 1 + (0.999 * self._gap if self._gap > TOLERANCE else 0.0)
+        return candidate.seconds(self.rate * wanted)
 
     def _over(self) -> bool:
         return self.stop() or (self._any and self.best is not None)
@@ -186,7 +203,7 @@ class Search:
                 candidate.model.instance,
                 candidate.shape,
                 candidate.model.recompute,
-                upper_s=candidate.seconds(self.rate),
+                upper_s=self.longest_s(candidate),
                 hint=candidate.stages,
                 limit=limit / len(left),
                 stop=self.stop,
@@ -196,7 +213,7 @@ class Search:
             self.spent += found.spent
             candidate.bound = min(candidate.bound, self._bound(candidate, found.bound_s))
             if found.stages is not None:
-                self._offer(candidate, found.stages)
+                self.offer(candidate, found.stages)
             self._close(candidate, "CP-SAT")
 
     def _costs(self, candidate: Candidate, upper_s: float) -> StepCosts:
@@ -207,7 +224,7 @@ class Search:
     def _any_layout(self, candidate: Candidate) -> None:
         """Bound all layouts at once; try one of the best; list them all where they are few."""
         model, shape = candidate.model, candidate.shape
-        instance, upper_s = model.instance, candidate.seconds(self.rate)
+        instance, upper_s = model.instance, self.longest_s(candidate)
         bound_s, mixes = best_kinds(self._costs(candidate, upper_s), upper_s)
         if model.family.complete or shape.depth == 1:
             candidate.bound = min(candidate.bound, self._bound(candidate, min(bound_s, upper_s)))
@@ -240,19 +257,19 @@ class Search:
 
     def _chain(self, candidate: Candidate) -> None:
         model, shape = candidate.model, candidate.shape
-        upper_s = candidate.seconds(self.rate)
+        upper_s = self.longest_s(candidate)
         costs = self._costs(candidate, upper_s)
         bound_s, stages = feasible_chain(costs, upper_s)
         if model.family.complete or shape.depth == 1:
             candidate.bound = min(candidate.bound, self._bound(candidate, min(bound_s, upper_s)))
         if stages is not None:
-            self._offer(candidate, stages)
+            self.offer(candidate, stages)
         self._close(candidate, "dynamic program")
 
     def _bound(self, candidate: Candidate, busiest_s: float) -> float:
         return candidate.rate(busiest_s) if busiest_s < float("inf") else 0.0
 
-    def _offer(self, candidate: Candidate, stages: tuple[int, ...]) -> None:
+    def offer(self, candidate: Candidate, stages: tuple[int, ...]) -> None:
         """Take a feasible placement if it is better than the best."""
         evaluation, _ = judge(candidate, stages)
         assert evaluation.feasible, evaluation.problems
@@ -262,7 +279,7 @@ class Search:
             self.best, self.rate = candidate, rate
 
     def _close(self, candidate: Candidate, by: str) -> None:
-        if candidate.bound <= self.rate * (1 + TOLERANCE):
+        if candidate.bound <= self._enough:
             candidate.closed_by = by
 
     def _report(self, phase: Literal["dynamic program", "CP-SAT"]) -> None:
@@ -274,16 +291,21 @@ class Search:
                     done=len(self.candidates) - len(left),
                     total=len(self.candidates),
                     samples_per_s=self.rate or None,
-                    bound=max([self.rate, *(candidate.bound for candidate in left)]),
+                    bound=self.bound(),
                 )
             )
+
+    def bound(self) -> float:
+        """Samples per second that nothing exceeds; the best's rate where the difference is none."""
+        bound = max((candidate.bound for candidate in self.candidates), default=0.0)
+        return bound if bound > self.rate * (1 + TOLERANCE) else self.rate
 
     def placement(self) -> Placement:
         """The best placement, with the proof over all candidates."""
         assert self.best is not None
         assert self.best.stages is not None
         left = self.open()
-        bound = max([self.rate, *(candidate.bound for candidate in left)])
+        bound = self.bound()
         evaluation, again = judge(self.best, self.best.stages)
         instance, shape = self.best.model.instance, self.best.placed
         problem = instance.problem
@@ -306,7 +328,7 @@ class Search:
             samples_per_s=self.rate,
             utilisation=busy_s * shape.width / (problem.topology.gpus * evaluation.period_s),
             bytes_per_sample=evaluation.sent_bytes / problem.microbatch,
-            status="feasible" if left else "optimal",
+            status="feasible" if left or bound > self.rate else "optimal",
             bound=bound,
             gap=bound / self.rate - 1,
             search_space=self._search_space(),

@@ -1,0 +1,128 @@
+"""levels: solve a coarse graph, bound the fine one, and look again where the gap is too wide.
+
+A placement of the coarse groups is one of the fine groups too. What it attains leaves few steps of
+the fine graph to be considered: those that keep no device busy for longer. Over those, a dynamic
+program bounds all depths, and solves what is still open. Where the fine graph has too many ideals
+to list, it is bounded without some of its groups (skeleton.py), and the coarse groups are taken
+apart around the cuts of the best placement, again and again while that helps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from p2bw.compiler.placement.candidates import Candidate, Model, make_candidates
+from p2bw.compiler.placement.coarsen import Sets, finer_stages, merged, taken_apart
+from p2bw.compiler.placement.dp import least_by_depth, step_costs
+from p2bw.compiler.placement.evaluate import Shape
+from p2bw.compiler.placement.ideals import make_family, make_steps
+from p2bw.compiler.placement.result import Limits, Progress
+from p2bw.compiler.placement.search import Search
+from p2bw.compiler.placement.skeleton import skeleton
+
+COARSE_SHARE = 0.25  # of CP-SAT's time, for the coarse graph if nothing else finds a placement
+ROUNDS = 8  # of taking apart, at most
+HALVINGS = 5  # of how far around the cuts, at most
+
+
+def search_levels(
+    models: Sequence[Model],
+    shapes: Sequence[Shape],
+    limits: Limits,
+    progress: Callable[[Progress], None] | None,
+) -> Search:
+    """A search of models with coarse ones, as far as it goes without CP-SAT on the fine graphs."""
+    search = Search(make_candidates(models, shapes), limits, progress)
+    coarse = _coarse(models, shapes, replace(limits, gap=0.0))
+    search.spent += coarse.spent
+    if coarse.best is not None:
+        _adopt(search, models, coarse.best)
+        if limits.any_will_do:
+            return search
+    for model in models:
+        _tighten(search, model)
+    if models[0].family.complete:
+        search.dynamic_program()
+    elif search.best is not None:
+        _refine(search, models, limits)
+    return search
+
+
+def _coarse(models: Sequence[Model], shapes: Sequence[Shape], limits: Limits) -> Search:
+    """The best placement of the coarse groups."""
+    coarse = [model.coarse for model in models if model.coarse is not None]
+    some = [shape for shape in shapes if shape.depth <= coarse[0].instance.size]
+    search = Search(make_candidates(coarse, some), limits, None)
+    search.dynamic_program()
+    if search.best is None:
+        search.integer_program(limits.deterministic_s * COARSE_SHARE)
+    return search
+
+
+def _adopt(search: Search, models: Sequence[Model], best: Candidate) -> None:
+    """Offer a placement of coarser groups to a search of the fine ones."""
+    assert best.stages is not None
+    size = best.model.instance.problem.microbatch
+    (model,) = (model for model in models if model.instance.problem.microbatch == size)
+    stages = finer_stages(model.instance, best.model.instance, best.stages)
+    for candidate in search.candidates:
+        if candidate.model.instance is model.instance and candidate.shape == best.placed:
+            search.offer(candidate, stages)
+            return
+    search.offer(Candidate(model, best.placed, 0.0), stages)
+
+
+def _tighten(search: Search, model: Model) -> None:
+    """Bound all open shapes of a model by one sweep over the steps that are short enough."""
+    still = [candidate for candidate in search.open() if candidate.model is model]
+    if not still or search.stop():
+        return
+    longest_s = max(map(search.longest_s, still))
+    deepest = max(candidate.shape.depth for candidate in still)
+    if model.family.complete:
+        model = model.within(longest_s)
+        least = least_by_depth(model.costs, deepest)
+    else:
+        bare = skeleton(model.instance)
+        steps = make_steps(bare, make_family(bare), longest_s)
+        least = least_by_depth(step_costs(bare, steps, model.recompute), deepest, gaps=True)
+    for candidate in still:
+        candidate.model = model
+        # A chain that is not within those steps has a longer one.
+        busiest_s = min(least[candidate.shape.depth - 1], longest_s)
+        bound = candidate.rate(busiest_s) if busiest_s < float("inf") else 0.0
+        candidate.bound = min(candidate.bound, bound)
+
+
+def _refine(search: Search, models: Sequence[Model], limits: Limits) -> None:
+    """Move the cuts of the best placement on ever finer groups around them."""
+    for _ in range(ROUNDS):
+        best = search.best
+        if not search.open() or search.stop() or best is None or best.stages is None:
+            return
+        model = _finer(best, limits.ideals)
+        if model is None:
+            return
+        finer = Search(make_candidates([model], [best.placed]), limits, None)
+        finer.rate = search.rate
+        finer.dynamic_program()
+        if finer.best is None:
+            return
+        _adopt(search, models, finer.best)
+
+
+def _finer(best: Candidate, ideals: int) -> Model | None:
+    """A model of the best's coarse sets, taken apart as far around its cuts as can be solved."""
+    instance, shape = best.model.instance, best.placed
+    assert best.stages is not None
+    reach = 0.5 / shape.depth
+    for _ in range(HALVINGS):
+        sets: Sets = taken_apart(instance, best.model.sets, best.stages, reach)
+        if len(sets) == len(best.model.sets):
+            return None
+        mixed = merged(instance, sets)
+        family = make_family(mixed, ideals)
+        if family.complete:
+            costs = step_costs(mixed, make_steps(mixed, family), best.model.recompute)
+            return Model(mixed, costs)
+        reach /= 2
+    return None
