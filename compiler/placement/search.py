@@ -297,7 +297,8 @@ class Search:
 
     def bound(self) -> float:
         """Samples per second that nothing exceeds; the best's rate where the difference is none."""
-        bound = max((candidate.bound for candidate in self.candidates), default=0.0)
+        bounds = [c.bound for c in self.candidates if c.closed_by != "layouts"]
+        bound = max(bounds, default=0.0)
         return bound if bound > self.rate * (1 + TOLERANCE) else self.rate
 
     def placement(self) -> Placement:
@@ -347,5 +348,6 @@ class Search:
             f"{topology.summary}, {span} stages, "
             f"microbatch {', '.join(map(str, sizes))}, "
             f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
+            f"{f', within a gap of {100 * self._gap:g} %' if self._gap > TOLERANCE else ''}"
             f"{f'; stopped by {self.stop.reason}' if counts['open'] and self.stop() else ''}"
         )
