@@ -1,0 +1,185 @@
+"""Stages between two ideals of a VariantProblem: can their nodes' variants fit, and be fast enough?"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from p2bw.compiler.placement.ideals import Family, Flags, Floats
+from p2bw.compiler.placement.instance import Numbers
+from p2bw.compiler.placement.knapsack import Knapsack, Option, staircase
+from p2bw.compiler.placement.sharding import AMPLE, Tables
+
+PAIRS = 1 << 20  # ideals x ideals looked at in one go
+ROWS = 1 << 12  # knapsacks relaxed in one go
+
+
+class Shape(NamedTuple):
+    """A kind of stage: its tensor parallelism (as a number of `shardings`), and what follows."""
+
+    sharding: int
+    replicas: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """The knapsack of a shape, and its columns summed over each ideal."""
+
+    knapsack: Knapsack
+    fast_time: Floats
+    fast_size: Floats
+    least_time: Floats
+    least_size: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Edges:
+    """What edges cost at one degree; [source, target] pairs of ideals are priced by products."""
+
+    entering: Floats  # received by all that is not in an ideal
+    leaving: Floats  # sent by an ideal
+    past: Floats  # ideal x edge: what an edge that starts in the ideal is not paid if it jumps
+    missing: Floats  # nodes of each ideal without a variant
+
+
+class Stager:
+    """Prices of stages along a family of ideals."""
+
+    def __init__(self, tables: Tables, family: Family) -> None:
+        self.tables = tables
+        self.members = members = family.members
+        self.size = members.sum(axis=1)
+        self.inside = members.astype(np.float32)
+        self.outside = 1 - self.inside
+        self.started = members[:, tables.sources]
+        self.open = (~members[:, tables.targets]).astype(np.float64)
+        self.edges = [self._edges(sharding) for sharding in range(len(tables.shardings))]
+        self.sums: dict[Shape, _Sums] = {}
+        self.known: dict[tuple[Shape, int, int], float] = {}  # no choice takes less
+
+    def _edges(self, sharding: int) -> _Edges:
+        own = self.tables.shardings[sharding]
+        crossing = self.started * self.open
+        lacking = np.array([not variants for variants in own.variants], np.float64)
+        return _Edges(
+            entering=crossing @ own.received,
+            leaving=crossing @ own.sent,
+            past=self.started * (own.received + own.sent),
+            missing=self.members @ lacking,
+        )
+
+    def _sum(self, shape: Shape) -> _Sums:
+        if shape not in self.sums:
+            own = self.tables.shardings[shape.sharding]
+            nodes = range(len(own.variants))
+            stairs = [staircase(own.options(v, *shape[1:])) for v in nodes]
+            sack = Knapsack(stairs, self.tables.capacity)
+            columns = sack.fast_time, sack.fast_size, sack.least_time, sack.least_size
+            self.sums[shape] = _Sums(sack, *(self.members @ column for column in columns))
+        return self.sums[shape]
+
+    def feasible(
+        self, shape: Shape, sources: Numbers, targets: Numbers, cap: int
+    ) -> tuple[Numbers, Numbers]:
+        """The sources from which such a stage leads to a target by `cap`, and a target of each.
+
+        Loads are those of all replicas together.
+        """
+        found: list[tuple[Numbers, Numbers]] = []
+        start = 0
+        while start < len(targets) and len(sources):
+            some = targets[start : start + max(1, PAIRS // len(sources))]
+            start += len(some)
+            here = self._some(shape, sources, some, cap)
+            sources = np.setdiff1d(sources, here[0], assume_unique=True)
+            found.append(here)
+        if not found:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+
+    def _some(
+        self, shape: Shape, sources: Numbers, targets: Numbers, cap: int
+    ) -> tuple[Numbers, Numbers]:
+        sums, edges = self._sum(shape), self.edges[shape.sharding]
+        row = sources[:, None]
+        pairs = self.size[row] < self.size[targets]
+        pairs &= edges.missing[row] == edges.missing[targets]
+        pairs &= sums.fast_time[targets] - sums.fast_time[row] <= cap
+        pairs &= sums.least_size[targets] - sums.least_size[row] <= self.tables.capacity
+        if pairs.any():
+            pairs &= self.inside[sources] @ self.outside[targets].T == 0
+        i, j = np.nonzero(pairs)
+        source, target = sources[i], targets[j]
+        if not len(i):
+            return source, target
+        moved = edges.entering[source] + edges.leaving[target]
+        moved -= (edges.past[sources] @ self.open[targets].T)[i, j]
+        left = cap - moved  # for the variants
+        fits = sums.fast_time[target] - sums.fast_time[source] <= left
+        source, target, left = source[fits], target[fits], left[fits]
+        excess = sums.fast_size[target] - sums.fast_size[source] - self.tables.capacity
+        sure = excess <= 0
+        sure |= sums.least_time[target] - sums.least_time[source] <= left
+        done = _first(source[sure], target[sure])
+        rest = ~sure & ~np.isin(source, done[0])
+        more = self._relaxed(shape, source[rest], target[rest], left[rest], excess[rest])
+        return np.concatenate([done[0], more[0]]), np.concatenate([done[1], more[1]])
+
+    def _relaxed(
+        self, shape: Shape, source: Numbers, target: Numbers, left: Floats, excess: Floats
+    ) -> tuple[Numbers, Numbers]:
+        """Of stages that exceed the memory with their fastest variants, one per source."""
+        sums = self._sum(shape)
+        spare = left - (sums.fast_time[target] - sums.fast_time[source])
+        below, above = np.empty(len(source)), np.empty(len(source))
+        for start in range(0, len(source), ROWS):
+            rows = slice(start, start + ROWS)
+            inside = self.members[target[rows]] & ~self.members[source[rows]]
+            bounds = sums.knapsack.bounds(inside, excess[rows])
+            below[rows], above[rows] = bounds.below, bounds.above
+        sure = above <= spare
+        settled = dict(zip(*(ends.tolist() for ends in _first(source[sure], target[sure]))))
+        perhaps = np.flatnonzero(~sure & (below <= spare))
+        for pair in perhaps[np.argsort(below[perhaps] - spare[perhaps], kind="stable")].tolist():
+            ends = int(source[pair]), int(target[pair])
+            if ends[0] not in settled and self._exactly(shape, *ends, int(left[pair])):
+                settled[ends[0]] = ends[1]
+        return np.array([*settled], np.int64), np.array([*settled.values()], np.int64)
+
+    def _exactly(self, shape: Shape, source: int, target: int, left: int) -> bool:
+        """Whether some choice of variants takes no longer than `left`."""
+        key = shape, source, target
+        if self.known.get(key, -1.0) > left:
+            return False
+        nodes = np.flatnonzero(self.members[target] & ~self.members[source]).tolist()
+        found = self._sum(shape).knapsack.fastest(nodes, left)
+        self.known[key] = left + 1 if found is None else found[0]
+        return found is not None
+
+    def choose(self, shape: Shape, source: int, target: int) -> tuple[int, dict[int, int]]:
+        """The least load of a stage's replicas together, and the place of each node's variant.
+
+        Where the memory allows, a node has the first of its variants that are as fast.
+        """
+        sums, edges = self._sum(shape), self.edges[shape.sharding]
+        nodes = np.flatnonzero(self.members[target] & ~self.members[source]).tolist()
+        found = sums.knapsack.fastest(nodes, AMPLE)
+        assert found is not None, "a stage was kept that does not fit"
+        moved = edges.entering[source] + edges.leaving[target]
+        moved -= edges.past[source] @ self.open[target]
+        options = {v: self.tables.shardings[shape.sharding].options(v, *shape[1:]) for v in nodes}
+        places = dict(zip(nodes, found[1], strict=True))
+        room = self.tables.capacity - sum(options[v][place].size for v, place in places.items())
+        for v, place in places.items():
+            now = options[v][place]
+            first = next(o for o in options[v] if o.time == now.time and o.size <= now.size + room)
+            room -= first.size - now.size
+            places[v] = first.place
+        return found[0] + int(moved), places
+
+
+def _first(source: Numbers, target: Numbers) -> tuple[Numbers, Numbers]:
+    """One target for each source."""
+    unique, place = np.unique(source, return_index=True)
+    return unique, target[place]
