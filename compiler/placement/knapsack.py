@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from p2bw.compiler.placement.ideals import Flags, Floats
+from p2bw.compiler.placement.instance import Numbers
 
 SLACK = 4  # steps of time: more than floats can be off by where they bound
 
@@ -72,6 +73,10 @@ class Knapsack:
         self.fast_size = _column([own[0].size if own else 0 for own in stairs])
         self.least_time = _column([own[-1].time if own else 0 for own in stairs])
         self.least_size = _column([own[-1].size if own else 0 for own in stairs])
+        self.steps = [
+            (_column([o.time - own[0].time for o in own]), _column([o.size - own[0].size for o in own]))
+            for own in stairs
+        ]
         steps = sorted(
             (_slope(own, i, j), v, i, own[j].time - own[i].time, own[i].size - own[j].size)
             for v, own in enumerate(stairs)
@@ -106,64 +111,63 @@ class Knapsack:
         return Bounds(np.floor(below) - SLACK, above)
 
     def fastest(self, nodes: Sequence[int], limit: float) -> tuple[int, tuple[int, ...]] | None:
-        """The least time of these nodes, at most `limit`, and the place of each one's variant."""
-        search = _Search([self.stairs[v] for v in nodes], self.capacity, limit)
-        search.explore([(0, len(own) - 1) for own in search.stairs])
-        if search.best is None:
+        """The least time of these nodes, at most `limit`, and the place of each one's variant.
+
+        Node by node, the choices so far that none beats in time and size, and whose relaxation is
+        not beyond the best whole choice known.
+        """
+        time = np.array([self.fast_time[nodes].sum()])
+        size = np.array([self.fast_size[nodes].sum()])
+        rest = _Rest(self, nodes)
+        came: list[tuple[Numbers, Numbers]] = []  # the choice before, and the node's option
+        best = limit
+        for v in rest.order:
+            more_time, more_size = self.steps[v]
+            rest.drop(v)
+            now_time = (time[:, None] + more_time).ravel()
+            now_size = (size[:, None] + more_size).ravel()
+            below, above = rest.bounds(now_size - self.capacity)
+            best = min(best, (now_time + above).min())
+            kept = np.flatnonzero(now_time + below - SLACK <= best)
+            kept = kept[np.lexsort((now_time[kept], now_size[kept]))]
+            least = np.minimum.accumulate(now_time[kept])
+            kept = kept[np.diff(least, prepend=np.inf) < 0]
+            time, size = now_time[kept], now_size[kept]
+            if not len(kept):
+                return None
+            came.append((kept // len(more_time), kept % len(more_time)))
+        fits = np.flatnonzero((size <= self.capacity) & (time <= limit))
+        if not len(fits):
             return None
-        chosen = [own[i] for own, i in zip(search.stairs, search.best, strict=True)]
-        return sum(o.time for o in chosen), tuple(o.place for o in chosen)
+        row = fits[time[fits].argmin()]
+        found = time[row]
+        chosen = dict.fromkeys(nodes, 0)
+        for v, (before, option) in zip(reversed(rest.order), reversed(came), strict=True):
+            chosen[v], row = int(option[row]), before[row]
+        return int(found), tuple(self.stairs[v][i].place for v, i in chosen.items())
 
 
-class _Search:
-    """Branch and bound; a branch allows a range of each node's staircase."""
+class _Rest:
+    """The relaxation of the nodes that are still to be chosen."""
 
-    def __init__(self, stairs: list[Staircase], capacity: int, limit: float) -> None:
-        self.stairs, self.capacity, self.limit = stairs, capacity, limit
-        self.best: list[int] | None = None
+    def __init__(self, sack: Knapsack, nodes: Sequence[int]) -> None:
+        here = np.isin(sack.step_node, nodes)
+        self.node = sack.step_node[here]
+        self.time, self.size = sack.step_time[here], sack.step_size[here]
+        self.order = list(dict.fromkeys(self.node.tolist()))  # what buys memory for least first
 
-    def explore(self, ranges: list[tuple[int, int]]) -> None:
-        """Keep the best choice of these ranges, if it beats what is known."""
-        stack = [ranges]
-        while stack:
-            ranges = stack.pop()
-            if (split := self._relax(ranges)) is not None:
-                v, low, high = split
-                # The rounded-up choice is known; with less of this node, or at least as much.
-                stack.append([*ranges[:v], (high, ranges[v][1]), *ranges[v + 1 :]])
-                stack.append([*ranges[:v], (ranges[v][0], low), *ranges[v + 1 :]])
+    def drop(self, node: int) -> None:
+        """Leave a node out."""
+        kept = self.node != node
+        self.node, self.time, self.size = self.node[kept], self.time[kept], self.size[kept]
 
-    def _relax(self, ranges: list[tuple[int, int]]) -> tuple[int, int, int] | None:
-        """Solve the relaxation; the node to branch on, and the ranges' ends, if it may help."""
-        chosen = [low for low, _ in ranges]
-        time = sum(own[i].time for own, i in zip(self.stairs, chosen, strict=True))
-        size = sum(own[i].size for own, i in zip(self.stairs, chosen, strict=True))
-        if time > self.limit:
-            return None
-        for slope, v, i, j in self._steps(ranges) if size > self.capacity else ():
-            a, b = self.stairs[v][i], self.stairs[v][j]
-            if size - a.size + b.size <= self.capacity:
-                if time + (size - self.capacity) * slope - SLACK > self.limit:
-                    return None
-                chosen[v] = j
-                self._offer(chosen, time - a.time + b.time)
-                return v, j - 1, j
-            chosen[v] = j
-            time, size = time - a.time + b.time, size - a.size + b.size
-        if size <= self.capacity:
-            self._offer(chosen, time)
-        return None
-
-    def _steps(self, ranges: list[tuple[int, int]]) -> list[tuple[float, int, int, int]]:
-        found = []
-        for v, (low, high) in enumerate(ranges):
-            own = self.stairs[v]
-            found += [(_slope(own, i, j), v, i, j) for i, j in pairwise(hull(own, low, high))]
-        return sorted(found)
-
-    def _offer(self, chosen: list[int], time: int) -> None:
-        if time <= self.limit:
-            self.best, self.limit = list(chosen), time - 1
+    def bounds(self, excess: Floats) -> tuple[Floats, Floats]:
+        """Time that buys so much memory, of steps in part and of whole steps in their order."""
+        size = np.concatenate([[0.0], self.size.cumsum()])
+        time = np.concatenate([[0.0], self.time.cumsum(), [np.inf]])
+        below = np.interp(excess, size, time[:-1], right=np.inf)
+        below[excess == size[-1]] = time[-2]
+        return below, time[np.searchsorted(size, excess)]
 
 
 def _slope(stairs: Staircase, i: int, j: int) -> float:
