@@ -315,6 +315,12 @@ def solve_command(
         float | None,
         typer.Option(help="Bytes per second between stages, for a PipeDream profile.  [1e9]"),
     ] = None,
+    replication: Annotated[
+        str, typer.Option(help="uniform or per-stage: replicas where they pay.")
+    ] = "uniform",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of each device, if not the file's: 12GiB.")
+    ] = None,
     limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -322,6 +328,7 @@ def solve_command(
 ) -> None:
     """Place the blocks of a problem file on stages, with a proof."""
     with _reporting(debug):
+        from p2bw.compiler.devices import parse_bytes
         from p2bw.compiler.solve import solve_file
         from p2bw.progress import progress
         from p2bw.tables import print_solution
@@ -332,6 +339,8 @@ def solve_command(
                 stages=stages,
                 cpus=cpus,
                 bandwidth=bandwidth,
+                replication=replication,
+                memory=None if memory is None else parse_bytes(memory),
                 stop=_stop(limit, say),
                 progress=say,
             )

@@ -6,15 +6,20 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from p2bw.compiler.placement.loads import LoadProblem
+from p2bw.compiler.placement.variants import VariantProblem
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.reader_device_placement import read_device_placement
 from p2bw.compiler.reader_pipedream import read_pipedream
+from p2bw.compiler.reader_piper import read_piper
 from p2bw.runtime.errors import InputFileError, UsageError
 
-FORMATS = "a PlacementProblem, device-placement JSON (NeurIPS 2020) or a PipeDream graph.txt"
+FORMATS = (
+    "a PlacementProblem, device-placement JSON (NeurIPS 2020), Piper's JSON (NeurIPS 2021) or a "
+    "PipeDream graph.txt"
+)
 BANDWIDTH = 1e9  # bytes per second: the default of PipeDream's optimizer
 
-Problem = PlacementProblem | LoadProblem
+Problem = PlacementProblem | LoadProblem | VariantProblem
 
 
 def read_any(path: Path, bandwidth: float | None = None) -> Problem:
@@ -47,6 +52,8 @@ def _read_json(path: Path, text: bytes) -> Problem:
         raise ValueError(f"not JSON ({error}); wanted {FORMATS}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"no JSON object; wanted {FORMATS}")
+    if {"maxDevices", "maxMemoryPerDevice"} & fields.keys():
+        return read_piper(text)
     if {"maxFPGAs", "nodes"} & fields.keys():
         return read_device_placement(text)
     return read_problem(path)

@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from p2bw.compiler.placement import Limits, solve
 from p2bw.compiler.placement.additive import solve_loads
+from p2bw.compiler.placement.hybrid import solve_hybrid
 from p2bw.compiler.placement.loads import LoadProblem
 from p2bw.compiler.placement.stop import Stop
+from p2bw.compiler.placement.variants import VariantProblem
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
 from p2bw.runtime.errors import UsageError
 
 Say = Callable[[str], None]
+REPLICATIONS = ("uniform", "per-stage")
+RECOMPUTED = "activation recomp"  # Piper's name of the variant that recomputes activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,8 @@ class SolvedStage:
     memory: float
     replicas: int
     device: str
+    devices: int = 1  # of each replica
+    variants: Mapping[str, str] = field(default_factory=dict)  # by block, where it has several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +60,16 @@ class Solution:
             "unit": self.unit,
             "seconds": self.seconds,
             "assignment": dict(self.assignment),
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [_stage_to_json(stage) for stage in self.stages],
         }
+
+
+def _stage_to_json(stage: SolvedStage) -> dict[str, Any]:
+    fields = asdict(stage)
+    if not stage.variants:
+        return {name: fields[name] for name in ("load", "memory", "replicas", "device")}
+    recomputed = [block for block, variant in stage.variants.items() if variant == RECOMPUTED]
+    return fields | {"recompute": recomputed}
 
 
 def solve_file(
@@ -64,6 +78,8 @@ def solve_file(
     stages: int | None = None,
     cpus: int = 0,
     bandwidth: float | None = None,
+    replication: str = "uniform",
+    memory: float | None = None,
     stop: Stop | None = None,
     progress: Say = lambda message: None,
 ) -> Solution:
@@ -71,17 +87,29 @@ def solve_file(
 
     Without `stages`, a PlacementProblem is solved at every depth and another format at as many as
     the file has devices; with it, a PlacementProblem at that depth, another at no more than that.
+    A stage of Piper's format has one device, or with `replication` "per-stage" as many as pay; and
+    a device `memory` bytes, if given.
     """
     if stages is not None and stages < 1:
         raise UsageError(f"--stages {stages}: a pipeline has at least one stage")
     if cpus < 0:
         raise UsageError(f"--cpus {cpus}: less than none")
+    if replication not in REPLICATIONS:
+        raise UsageError(f"--replication {replication}: one of {', '.join(REPLICATIONS)}")
     if bandwidth is not None and not 0 < bandwidth < float("inf"):
         raise UsageError(f"--bandwidth {bandwidth:g}: bytes per second, more than 0")
     started = time.monotonic()
     problem = read_any(path, bandwidth)
     if cpus and not (isinstance(problem, LoadProblem) and problem.timed_on_cpu):
         raise UsageError(f"--cpus {cpus}: {path} does not say how long blocks take on a CPU")
+    if isinstance(problem, VariantProblem):
+        progress(f"placing {len(problem.nodes)} nodes")
+        problem = replace(problem, memory=problem.memory if memory is None else memory)
+        with stop or Stop() as stop:
+            return _solve_variants(problem, stages, replication, started, stop)
+    if replication == "per-stage" or memory is not None:
+        option = "--memory" if replication == "uniform" else "--replication per-stage"
+        raise UsageError(f"{option}: not for the format of {path}")
     if isinstance(problem, PlacementProblem):
         progress(f"placing {len(problem.blocks)} blocks")
         with stop or Stop() as stop:
@@ -141,5 +169,42 @@ def _solve_loads(
         stages=tuple(
             SolvedStage(load=device.load, memory=device.memory, replicas=1, device=device.kind)
             for device in found.devices
+        ),
+    )
+
+
+def _solve_variants(
+    problem: VariantProblem,
+    devices: int | None,
+    replication: str,
+    started: float,
+    stop: Stop,
+) -> Solution:
+    devices = devices or problem.devices
+    found = solve_hybrid(problem, devices, replicated=replication == "per-stage", stop=stop)
+    names = [node.name for node in problem.nodes]
+    stages = found.stages
+    place = {v: k for k, stage in enumerate(stages) for v in stage.nodes}
+    kind = "replicated stages" if replication == "per-stage" else "stages of one device"
+    return Solution(
+        status="optimal" if found.bound >= found.objective * (1 - TOLERANCE) else "feasible",
+        objective=found.objective,
+        bound=found.bound,
+        seconds=time.monotonic() - started,
+        unit=problem.unit,
+        space=f"1..{devices} devices, {kind}, a variant of each node: {found.settled_by}",
+        assignment={name: place[v] for v, name in enumerate(names)},
+        stages=tuple(
+            SolvedStage(
+                load=cost.load,
+                memory=cost.memory,
+                replicas=stage.replicas,
+                device="accelerator" if stage.degree == 1 else f"{stage.degree} accelerators",
+                devices=stage.degree,
+                variants={
+                    names[v]: own.name for v, own in zip(stage.nodes, stage.variants, strict=True)
+                },
+            )
+            for stage, cost in zip(stages, found.costs, strict=True)
         ),
     )

@@ -19,10 +19,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from p2bw.compiler.placement.ideals import Family, Floats, make_family
+from p2bw.compiler.placement.ideals import Family, make_family
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.sharding import AMPLE, Tables, tabulate
 from p2bw.compiler.placement.staging import Shape, Stager
+from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.placement.variants import StageCost, VariantProblem, VariantStage, judge_stages
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.units import data
@@ -30,7 +31,7 @@ from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 60_000
 MANY = 2_000  # ideals: too many to try every memory on
-ROUGH = Fraction(1, 1000)  # how exactly the memory that an infeasible problem needs is found
+ROUGH = 1000  # the memory that an infeasible problem needs is found to one part in so many
 
 Use = tuple[int, int]  # devices, replicas
 
@@ -63,30 +64,34 @@ class _Plan:
     stages: tuple[VariantStage, ...]
 
 
-def solve_hybrid(problem: VariantProblem, devices: int, *, replicated: bool) -> HybridPlacement:
+def solve_hybrid(
+    problem: VariantProblem, devices: int, *, replicated: bool, stop: Stop | None = None
+) -> HybridPlacement:
     """The plan on at most so many devices whose busiest stage is least so.
 
     A stage has one device; or, where `replicated`, any number of replicas that divides the
     microbatches of a batch, each on as many devices as its nodes have variants for.
     """
+    stop = stop or Stop()
     tables = tabulate(problem, devices, replicated=replicated)
-    rough = _Search(problem, tables, make_family(tables, 0))
-    plan = rough.minimise(None)
+    rough = _Search(problem, tables, make_family(tables, 0), stop)
+    plan, _ = rough.minimise(None)
     family = make_family(tables, MAX_IDEALS)
     if family.complete:
         settled_by = f"dynamic program over {len(family.members)} ideals"
-        plan = _Search(problem, tables, family).minimise(plan)
-        bound = plan.busiest if plan else Fraction(0)
+        plan, bound = _Search(problem, tables, family, stop).minimise(plan)
     else:
         settled_by = f"dynamic program over {len(rough.members)} of very many ideals"
-        bound = Fraction(rough.floor())
+        bound = rough.floor()
+    if bound is not None and stop():
+        settled_by += f"; stopped by {stop.reason}"
     if plan is None:
-        raise _refusal(problem, tables, family)
+        raise stop.error() if stop() else _refusal(problem, tables, family)
     costs = judge_stages(problem, plan.stages)
     objective = max(cost.load for cost in costs)
     return HybridPlacement(
         objective=objective,
-        bound=min(objective, float(bound) / tables.steps),
+        bound=objective if bound is None else min(objective, bound / tables.steps),
         stages=plan.stages,
         costs=costs,
         settled_by=settled_by,
@@ -100,32 +105,35 @@ def _refusal(problem: VariantProblem, tables: Tables, family: Family) -> Excepti
     if len(family.members) > MANY:
         family = make_family(tables, 0)
 
-    def fits(capacity: int) -> bool:
-        search = _Search(problem, replace(tables, capacity=capacity), family)
-        return search.plan_below(Fraction(AMPLE)) is not None
+    def fits(memory: int) -> bool:
+        tight = replace(tables, capacity=min(AMPLE, int(memory * tables.units)))
+        return _Search(problem, tight, family, Stop()).plan_below(Fraction(AMPLE)) is not None
 
-    low, high = tables.capacity, AMPLE
+    low, high = math.floor(problem.memory), math.ceil(AMPLE / tables.units)
     if not fits(high):
         return InfeasibleError(
             f"no plan fits on {tables.devices} devices, however much they can hold: the nodes' "
             "variants need more; offer more devices (--stages)"
         )
-    while high - low > max(1, low * ROUGH):
-        middle = math.isqrt(low * high) if low > 1 else (low + high) // 2
+    while high - low > max(1, low // ROUGH):
+        middle = (low + high) // 2 if low < ROUGH else max(low + 1, math.isqrt(low * high))
         low, high = (low, middle) if fits(middle) else (middle, high)
-    needed = math.ceil(high / tables.units)
     return InfeasibleError(
-        f"no plan fits: the best one known for {tables.devices} devices needs {needed} bytes "
-        f"({data(needed)}) on one of them, and a device holds {data(problem.memory)}; offer more "
+        f"no plan fits: the best one known for {tables.devices} devices needs {high} bytes "
+        f"({data(high)}) on one of them, and a device holds {data(problem.memory)}; offer more "
         "memory (--memory) or more devices (--stages)"
     )
+
+
+class _StoppedError(Exception):
+    """A search had to end."""
 
 
 class _Search:
     """Plans along the ideals of a family."""
 
-    def __init__(self, problem: VariantProblem, tables: Tables, family: Family) -> None:
-        self.problem, self.tables = problem, tables
+    def __init__(self, problem: VariantProblem, tables: Tables, family: Family, stop: Stop) -> None:
+        self.problem, self.tables, self.stop = problem, tables, stop
         self.members = members = family.members
         self.stager = Stager(tables, family)
         crossing = self.stager.started * self.stager.open
@@ -136,19 +144,25 @@ class _Search:
 
     def floor(self) -> int:
         """No busiest stage is busy for less."""
-        return math.ceil(self.tables.work.sum() / self.tables.devices)
+        return math.ceil(float(self.tables.work.sum()) / self.tables.devices)
 
-    def minimise(self, best: _Plan | None) -> _Plan | None:
-        """The best plan, if it is better than one known; None: there is none at all."""
-        best = best or self.plan_below(Fraction(AMPLE))
+    def minimise(self, best: _Plan | None) -> tuple[_Plan | None, int | None]:
+        """The best plan, if it is better than one known, and what none is below.
+
+        Without a bound, the plan is proven to be the best; or there is none, if that is None.
+        """
         low = self.floor()
-        while best and (better := self.plan_below(best.busiest)):
-            best = better
-            while low < best.busiest * (1 - Fraction(TOLERANCE)):
-                middle = (low + math.floor(best.busiest)) // 2
-                better = self.plan_below(Fraction(middle) + Fraction(1, AMPLE))
-                low, best = (low, better) if better else (middle, best)
-        return best
+        try:
+            best = best or self.plan_below(Fraction(AMPLE))
+            while best and (better := self.plan_below(best.busiest)):
+                best = better
+                while low < best.busiest * (1 - Fraction(TOLERANCE)):
+                    middle = (low + math.floor(best.busiest)) // 2
+                    better = self.plan_below(Fraction(middle))
+                    low, best = (low, better) if better else (middle, best)
+        except _StoppedError:
+            return best, low
+        return best, None
 
     def plan_below(self, limit: Fraction) -> _Plan | None:
         """A plan whose stages are all busy for less, in steps; None: there is none."""
@@ -192,6 +206,8 @@ class _Search:
         fewest = np.full(len(self.members), AMPLE)  # replicas among those settled
         soon = np.full((2, len(self.members)), AMPLE)  # a use that will be settled
         while queue:
+            if self.stop():
+                raise _StoppedError
             use = heapq.heappop(queue)
             rows = [last] if use == everything else self._accept(use, reached, settled, fewest)
             if 0 in rows:

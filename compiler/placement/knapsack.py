@@ -74,7 +74,10 @@ class Knapsack:
         self.least_time = _column([own[-1].time if own else 0 for own in stairs])
         self.least_size = _column([own[-1].size if own else 0 for own in stairs])
         self.steps = [
-            (_column([o.time - own[0].time for o in own]), _column([o.size - own[0].size for o in own]))
+            (
+                _column([o.time - own[0].time for o in own]),
+                _column([o.size - own[0].size for o in own]),
+            )
             for own in stairs
         ]
         steps = sorted(

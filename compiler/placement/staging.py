@@ -1,13 +1,13 @@
-"""Stages between two ideals of a VariantProblem: can their nodes' variants fit, and be fast enough?"""
+"""Stages between two ideals of a VariantProblem: do they fit, and are they fast enough?"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from p2bw.compiler.placement.ideals import Family, Flags, Floats
+from p2bw.compiler.placement.ideals import Family, Floats
 from p2bw.compiler.placement.instance import Numbers
-from p2bw.compiler.placement.knapsack import Knapsack, Option, staircase
+from p2bw.compiler.placement.knapsack import Knapsack, staircase
 from p2bw.compiler.placement.sharding import AMPLE, Tables
 
 PAIRS = 1 << 20  # ideals x ideals looked at in one go
@@ -35,11 +35,15 @@ class _Sums:
 
 @dataclass(frozen=True, slots=True)
 class _Edges:
-    """What edges cost at one degree; [source, target] pairs of ideals are priced by products."""
+    """What edges cost at one degree.
 
-    entering: Floats  # received by all that is not in an ideal
-    leaving: Floats  # sent by an ideal
-    past: Floats  # ideal x edge: what an edge that starts in the ideal is not paid if it jumps
+    A stage pays for those that enter the groups after its source, and for those that leave its
+    target; less what goes past it, from the source to behind the target: a matrix product.
+    """
+
+    entering: Floats  # by ideal
+    leaving: Floats
+    past: Floats  # ideal x edge
     missing: Floats  # nodes of each ideal without a variant
 
 
@@ -139,7 +143,8 @@ class Stager:
             bounds = sums.knapsack.bounds(inside, excess[rows])
             below[rows], above[rows] = bounds.below, bounds.above
         sure = above <= spare
-        settled = dict(zip(*(ends.tolist() for ends in _first(source[sure], target[sure]))))
+        done = _first(source[sure], target[sure])
+        settled: dict[int, int] = dict(zip(done[0].tolist(), done[1].tolist(), strict=True))
         perhaps = np.flatnonzero(~sure & (below <= spare))
         for pair in perhaps[np.argsort(below[perhaps] - spare[perhaps], kind="stable")].tolist():
             ends = int(source[pair]), int(target[pair])
