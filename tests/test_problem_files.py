@@ -1,10 +1,13 @@
 """Problem files: what compile --problem writes, and the example of docs/problem.md."""
 
+import json
+import re
+
 import pytest
 from corpus import ROOT
 
 from p2bw.compiler.driver import compile_model
-from p2bw.compiler.problem import read_problem
+from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.solve import solve_file
 from p2bw.runtime.errors import UsageError
 
@@ -55,3 +58,26 @@ def test_a_failed_compile_leaves_the_old_problem(tmp_path):
         )
     assert old.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["problem.json"]
+
+
+def example(kind):
+    text = (ROOT / "docs" / "problem.md").read_text()
+    return re.search(rf"<!-- example: {kind} -->\n```json\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_example_of_the_documentation_is_solved_as_it_says(tmp_path):
+    path = tmp_path / "example.json"
+    path.write_text(example("problem"))
+    found = solve_file(path, stages=2).to_json()
+    said = json.loads(example("solution"))
+    assert said.pop("seconds") > 0
+    assert found.pop("seconds") > 0
+    assert found == said
+
+
+def test_the_documentation_names_every_field():
+    text = (ROOT / "docs" / "problem.md").read_text()
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", text))))
+    schema = PlacementProblem.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        assert not model["properties"].keys() - named
