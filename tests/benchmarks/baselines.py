@@ -19,7 +19,8 @@ from p2bw.compiler.placement.ideals import make_family
 Cut = Callable[
     [Sequence[float], int], list[int]
 ]  # weights, parts -> where each part starts, the end
-STATES = 3000  # of PipeDream's dynamic program; beyond, those along a few topological orders
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+STATES = 3000  # of PipeDream's dynamic program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +67,17 @@ def _lists(graph: Graph) -> Iterator[list[int]]:
 
 
 def _times(graph: Graph, layers: Sequence[int]) -> list[float]:
-    return _sums(graph.seconds, layers)
+    return [sum(graph.seconds[first:last]) for first, last in pairwise(layers)]
 
 
 def _sizes(graph: Graph, layers: Sequence[int]) -> list[float]:
     """Parameter bytes; a tied parameter counts in each layer that uses it."""
-    return [
-        sum(size for size, users in graph.parameters if any(a <= user < b for user in users))
-        for a, b in pairwise(layers)
-    ]
+    layer_of = _stages(layers)
+    sizes = [0.0] * (len(layers) - 1)
+    for size, users in graph.parameters:
+        for layer in {layer_of[user] for user in users}:
+            sizes[layer] += size
+    return sizes
 
 
 def _stages(bounds: Sequence[int]) -> list[int]:
@@ -107,42 +110,48 @@ def deepspeed(weights: Sequence[float], parts: int) -> list[int]:
     n = len(weights)
     if n <= parts:
         return [min(k, n) for k in range(parts + 1)]
-    sums = [0.0, *accumulate(weights)]
-    largest, smallest = list(sums), list(sums)
+    sums = _running(weights)
+    largest, smallest = sums, sums
     came = []
     for _ in range(1, parts):
-        best = [(math.inf, 0, 0.0, 0.0)] * (n + 1)
+        best, high, low = np.zeros(n + 1, np.int64), np.zeros(n + 1), np.zeros(n + 1)
         for i in range(n + 1):
-            for m in range(i + 1):
-                part = sums[i] - sums[m]
-                high, low = max(largest[m], part), min(smallest[m], part)
-                if high - low <= best[i][0]:
-                    best[i] = (high - low, m, high, low)
-        came.append([choice[1] for choice in best])
-        largest, smallest = [c[2] for c in best], [c[3] for c in best]
+            part = sums[i] - sums[: i + 1]
+            highs, lows = np.maximum(largest[: i + 1], part), np.minimum(smallest[: i + 1], part)
+            best[i] = i - (highs - lows)[::-1].argmin()  # the latest of equals
+            high[i], low[i] = highs[best[i]], lows[best[i]]
+        came.append(best)
+        largest, smallest = high, low
     return _walk(came, n)
 
 
 def chain(weights: Sequence[float], parts: int) -> list[int]:
     """The least maximum, exact; no part is empty unless there are too few layers."""
     n = len(weights)
-    sums = [0.0, *accumulate(weights)]
-    largest = list(sums)
+    sums = _running(weights)
+    largest = sums
     came = []
     for k in range(1, parts):
-        best = [
-            min((max(largest[m], sums[i] - sums[m]), m) for m in range(k, i) or [i])
-            for i in range(n + 1)
-        ]
-        came.append([m for _, m in best])
-        largest = [high for high, _ in best]
+        best, high = np.arange(n + 1), largest.copy()
+        for i in range(k + 1, n + 1):
+            highs = np.maximum(largest[k:i], sums[i] - sums[k:i])
+            best[i] = k + highs.argmin()
+            high[i] = highs[best[i] - k]
+        came.append(best)
+        largest = high
     return _walk(came, n)
 
 
-def _walk(came: list[list[int]], n: int) -> list[int]:
+def _running(weights: Sequence[float]) -> Floats:
+    """Sums of the first 0, 1, .. weights."""
+    return np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
+
+
+def _walk(came: Sequence[Sequence[int]], n: int) -> list[int]:
+    """The bounds of the parts: `came[k][i]` is where the part that ends at i starts."""
     bounds = [n]
     for row in reversed(came):
-        bounds.append(row[bounds[-1]])
+        bounds.append(int(row[bounds[-1]]))
     return [0, *bounds[::-1]]
 
 
@@ -155,15 +164,17 @@ def torchgpipe(weights: Sequence[float], parts: int) -> list[int]:
     n, low, high = len(weights), min(weights), max(weights)
     if n <= parts:
         return [min(k, n) for k in range(parts + 1)]
-    x = [(weight - low) / (high - low) if high > low else 0.0 for weight in weights]
+    layer = 1 << 40  # the range of the weights, in whole numbers: sums are exact
+    scale = layer / (high - low) if high > low else 0.0
+    sums = np.array([0, *accumulate(round((weight - low) * scale) for weight in weights)])
     bounds = [n // parts * k for k in range(parts)] + [n]
     while True:
-        found = _sums(x, bounds)
-        most, fullest = max((size, k) for k, size in enumerate(found))
+        found = np.diff(sums[bounds])
+        most, fullest = max(zip(found, range(parts), strict=True))
         while True:
-            found = _sums(x, bounds)
+            found = np.diff(sums[bounds])
             least, _, emptiest = min((size, abs(k - fullest), k) for k, size in enumerate(found))
-            if most <= least + 1:
+            if most <= least + layer:
                 return bounds
             if fullest < emptiest:
                 donor = emptiest - 1
@@ -173,10 +184,6 @@ def torchgpipe(weights: Sequence[float], parts: int) -> list[int]:
                 bounds[emptiest + 1] += 1
             if donor == fullest:
                 break
-
-
-def _sums(weights: Sequence[float], bounds: Sequence[int]) -> list[float]:
-    return [sum(weights[first:last]) for first, last in pairwise(bounds)]
 
 
 # Placements that are more than cuts of a list
@@ -210,7 +217,7 @@ def pipedream(graph: Graph, parts: int) -> Iterator[list[int]]:
     bandwidth. The last term is an option of the published tool: with it, then without. A level of
     links is a row of consecutive stages, as the tool's levels are.
     """
-    inside = make_family(graph, STATES).members.astype(np.float64)  # state x block
+    inside = _states(graph)
     times = inside @ np.array(graph.seconds)
     alive = np.zeros(len(inside))
     for size, ends in graph.tensors:
@@ -230,6 +237,17 @@ def pipedream(graph: Graph, parts: int) -> Iterator[list[int]]:
             for row in reversed(came):
                 states.append(int(row[states[-1]]))
             yield [int(stage) for stage in (inside[states[1:]] == 0).sum(axis=0)]
+
+
+def _states(graph: Graph) -> Floats:
+    """State x block: what lies before each antichain; where they are too many (the published tool
+    does not finish then), what lies before each block of the list.
+    """
+    family = make_family(graph, STATES)
+    if family.complete:
+        return family.members.astype(np.float64)
+    count = len(graph.names)
+    return np.tri(count + 1, count, -1)
 
 
 BASELINES: dict[str, Baseline] = {
