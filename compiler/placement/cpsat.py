@@ -22,7 +22,7 @@ from p2bw.compiler.links import Port
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate, ring_bytes
 from p2bw.compiler.placement.instance import PS, Instance
-from p2bw.compiler.placement.stop import Stop, run_solver
+from p2bw.compiler.placement.stop import Stop, Tell, run_solver
 from p2bw.compiler.placement.windows import (
     TOLERANCE,
     horizon_s,
@@ -59,8 +59,12 @@ def solve_shape(
     limit: float,
     stop: Stop,
     any_will_do: bool = False,
+    tell: Tell | None = None,
 ) -> Result:
-    """The placement whose busiest resource is busy for the least time, if below `upper_s`."""
+    """The placement whose busiest resource is busy for the least time, if below `upper_s`.
+
+    `tell` hears now and then of the best time so far and its bound, in seconds.
+    """
     windows = stage_windows(instance, shape.depth, recompute, upper_s)
     if any(first > last for first, last in windows):
         return Result(upper_s, None, 0.0)
@@ -68,7 +72,7 @@ def solve_shape(
     if sum(map(len, routes)) > MAX_PAIRS:
         return Result(0.0, None, 0.0)
     model = _Model(instance, shape, recompute, windows, routes, min(upper_s, horizon_s(instance)))
-    model.stop, model.any_will_do = stop, any_will_do
+    model.stop, model.any_will_do, model.tell = stop, any_will_do, tell
     model.require_below(upper_s)
     best: tuple[int, ...] | None = None
     spent = bound_s = 0.0
@@ -155,6 +159,7 @@ class _Model:
         self.recompute = recompute
         self.stop = Stop()
         self.any_will_do = False
+        self.tell: Tell | None = None
         self.windows = windows
         self.routes = routes
         self.model = cp_model.CpModel()
@@ -471,7 +476,13 @@ class _Model:
         solver.parameters.max_deterministic_time = max(limit, 0.01)
         solver.parameters.catch_sigint_signal = False
         solver.parameters.stop_after_first_solution = self.any_will_do
-        status = run_solver(solver, self.model, self.stop)
+        tell = self.tell
+        status = run_solver(
+            solver,
+            self.model,
+            self.stop,
+            tell and (lambda best, bound: tell(best / self.scale, bound / self.scale)),
+        )
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         spent = solver.response_proto.deterministic_time
         if status == cp_model.INFEASIBLE:

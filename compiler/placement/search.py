@@ -6,6 +6,7 @@ settles what it leaves open; all share the best placement found so far.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from p2bw.compiler.placement.candidates import (
@@ -208,6 +209,7 @@ class Search:
                 limit=limit / len(left),
                 stop=self.stop,
                 any_will_do=self._any,
+                tell=partial(self._report, "CP-SAT", candidate),
             )
             limit -= found.spent
             self.spent += found.spent
@@ -282,22 +284,37 @@ class Search:
         if candidate.bound <= self._enough:
             candidate.closed_by = by
 
-    def _report(self, phase: Literal["dynamic program", "CP-SAT"]) -> None:
+    def _report(
+        self,
+        phase: Literal["dynamic program", "CP-SAT"],
+        now: Candidate | None = None,
+        best_s: float = float("inf"),
+        bound_s: float = 0.0,
+    ) -> None:
+        """Tell how far it is; `best_s` and `bound_s` are what CP-SAT counts for a candidate."""
         if self._progress is not None:
             left = self.open()
+            rate = max(self.rate, now.rate(best_s)) if now else self.rate
             self._progress(
                 Progress(
                     phase=phase,
                     done=len(self.candidates) - len(left),
                     total=len(self.candidates),
-                    samples_per_s=self.rate or None,
-                    bound=self.bound(),
+                    samples_per_s=rate or None,
+                    bound=self.bound(now, bound_s),
                 )
             )
 
-    def bound(self) -> float:
-        """Samples per second that nothing exceeds; the best's rate where the difference is none."""
-        bounds = [c.bound for c in self.candidates if c.closed_by != "layouts"]
+    def bound(self, now: Candidate | None = None, busiest_s: float = 0.0) -> float:
+        """Samples per second that nothing exceeds; the best's rate where the difference is none.
+
+        One candidate may be known to keep something busy for so long.
+        """
+        bounds = [
+            min(c.bound, c.rate(busiest_s)) if c is now else c.bound
+            for c in self.candidates
+            if c.closed_by != "layouts"
+        ]
         bound = max(bounds, default=0.0)
         return bound if bound > self.rate * (1 + TOLERANCE) else self.rate
 

@@ -11,6 +11,9 @@ from typing import Any, Self
 from p2bw.runtime.errors import TimeLimitError
 
 POLL_S = 0.05  # how often a running CP-SAT solve is asked whether to go on
+TELL_S = 1.0  # how often it is told at most
+
+Tell = Callable[[float, float], None]  # objective of the best solution so far, its bound
 
 
 class Interrupted(KeyboardInterrupt):
@@ -78,13 +81,28 @@ class Stop:
             self._on_interrupt()
 
 
-def run_solver(solver: Any, model: Any, stop: Stop) -> Any:
-    """Solve a CP-SAT model, unless or until it has to stop; the status.
+def run_solver(solver: Any, model: Any, stop: Stop, tell: Tell | None = None) -> Any:
+    """Solve a CP-SAT model that minimises, unless or until it has to stop; the status.
 
     The solve runs in a thread of its own: signals reach Python only while its main thread runs.
     """
+    from ortools.sat.python import cp_model
+
+    class Seen(cp_model.CpSolverSolutionCallback):
+        best = float("inf")
+        bound = 0.0
+
+        def on_solution_callback(self) -> None:
+            self.best = self.objective_value
+
+        def raise_bound(self, bound: float) -> None:
+            self.bound = bound
+
+    seen = Seen()
+    solver.best_bound_callback = seen.raise_bound
+    told, when = (seen.best, seen.bound), time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(solver.solve, model)
+        running = pool.submit(solver.solve, model, seen)
         try:
             while True:
                 try:
@@ -92,6 +110,10 @@ def run_solver(solver: Any, model: Any, stop: Stop) -> Any:
                 except TimeoutError:
                     if stop():
                         solver.stop_search()
+                now = (seen.best, seen.bound)
+                if tell is not None and now != told and time.monotonic() >= when + TELL_S:
+                    told, when = now, time.monotonic()
+                    tell(*now)
         finally:
             while not running.done():  # a second Ctrl-C
                 solver.stop_search()
