@@ -349,6 +349,21 @@ def test_the_reason_and_the_cures_are_a_short_list():
     ]
 
 
+def test_a_model_of_many_blocks_is_explained_too():
+    error = the_error(weighty([40] * 700, gpus=4, memory=30_000), {})
+    assert re.search(r"the fullest device needs about 3\d\.\d KiB", str(error))
+    assert {cure.kind: cure.smallest for cure in error.cures} == {"memory": True, "devices": True}
+    (memory,) = (cure.amount for cure in error.cures if cure.kind == "memory")
+    for more, fits in ((1.0, True), (0.99, False)):
+        size = 30_000 + round((memory - 30_000) * more)
+        problem = weighty([40] * 700, gpus=4, memory=size)
+        if fits:
+            assert solve({1: problem})
+        else:
+            with pytest.raises(NoPlanError):
+                solve({1: problem})
+
+
 def test_many_constraints_are_tried_one_by_one_and_three_are_shown():
     uncut = tuple(f"t{i}" for i in range(5))
     problem = weighty([40] * 6, memory=1100, constraints=Constraints(never_cut=uncut))

@@ -17,9 +17,9 @@ def why_infeasible(models: Sequence[Model], shapes: Sequence[Shape]) -> str:
     device = instance.roomiest
     offer = f"{device.name} offers {units.data(device.usable_bytes)}"
     group, alone = _largest_group(instance, depth)
-    needs = least_memory_by_depth(model.costs, depth)
+    needs = least_memory_by_depth((model.coarse or model).costs, depth)
     fullest = min(needs[shape.depth - 1] for shape in shapes)
-    least = "at least" if model.family.complete else "about"
+    least = "at least" if model.family.complete and model.coarse is None else "about"
     at = f"at microbatch {instance.problem.microbatch}"
     if alone > device.usable_bytes:
         fact = f"block {instance.name(group)} needs {units.data(alone)} {at} with {_kept(instance)}"
