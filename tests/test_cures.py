@@ -206,6 +206,9 @@ INFEASIBLE = {
     "max_stages": (
         weighty([40] * 6, memory=500, gpus=6, constraints=Constraints(max_stages=2)),
         {}, {"memory", "constraint"}),
+    "more stages than allowed": (
+        chain([1.0] * 4, gpus=3, constraints=Constraints(max_stages=1)), {"depths": (3,)},
+        {"stages", "constraint"}),
     "microbatch": ({n: at_size(n) for n in range(1, 10)}, {"microbatches": (9,)},
                    {"memory", "microbatch"}),
     "gpipe keeps all": (
@@ -352,7 +355,7 @@ def test_the_reason_and_the_cures_are_a_short_list():
 def test_a_model_of_many_blocks_is_explained_too():
     error = the_error(weighty([40] * 700, gpus=4, memory=30_000), {})
     assert re.search(r"the fullest device needs about 3\d\.\d KiB", str(error))
-    assert {cure.kind: cure.smallest for cure in error.cures} == {"memory": True, "devices": True}
+    assert {"memory", "devices"} <= {cure.kind for cure in error.cures if cure.smallest}
     (memory,) = (cure.amount for cure in error.cures if cure.kind == "memory")
     for more, fits in ((1.0, True), (0.99, False)):
         size = 30_000 + round((memory - 30_000) * more)

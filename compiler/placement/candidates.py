@@ -18,6 +18,7 @@ from p2bw.compiler.placement.ideals import (
 )
 from p2bw.compiler.placement.instance import PS, Instance, make_instance
 from p2bw.compiler.problem import PlacementProblem
+from p2bw.compiler.topology import MAX_GPUS
 from p2bw.runtime.errors import InfeasibleError, UsageError
 
 DIRECT = 200  # ideals up to which all is solved at once, without a coarse model
@@ -147,14 +148,19 @@ def make_shapes(
             f"{min(depths)} stages asked for, but the model has {instance.size} indivisible "
             f"blocks; ask for at most {instance.size}"
         )
-    most = min(gpus, instance.size, problem.constraints.max_stages or gpus)
+    allowed = problem.constraints.max_stages or MAX_GPUS
+    if depths and min(depths) > allowed:
+        raise InfeasibleError(
+            f"{min(depths)} stages asked for, but the constraints allow {allowed} (max_stages)"
+        )
+    most = min(gpus, instance.size, allowed)
     if problem.schedule == "2bw":
         most = min(most, problem.microbatches or most)
     return [
         Shape(depth, width, layout)
         for depth in depths or range(1, most + 1)
         for width in widths or _widths(problem, depth)
-        if depth * width <= gpus and depth <= instance.size
+        if depth * width <= gpus and depth <= min(instance.size, allowed)
         for layout in _layouts(problem, depth, width)
     ]
 
