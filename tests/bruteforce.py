@@ -6,13 +6,16 @@ Arrays are indexed by assignment first: all order-preserving ways to put the blo
 import itertools
 from collections import defaultdict
 
+import networkx as nx
 import numpy as np
 
 from p2bw.compiler.links import Network
 
 
 def best_rate(problem, policy, depths=None, widths=None):
-    """Samples per second of the best placement over depths, widths and layouts; None: none fits."""
+    """Samples per second of the best placement over depths, widths, layouts and relayed tensors;
+    None: none fits.
+    """
     gpus = problem.topology.gpus
     most = min(gpus, problem.constraints.max_stages or gpus)
     if problem.schedule == "2bw":
@@ -25,12 +28,13 @@ def best_rate(problem, policy, depths=None, widths=None):
         for width in widths or range(1, gpus // depth + 1):
             if depth * width > gpus:
                 continue
-            costs = _Costs(problem, stages, depth, width)
-            for order in itertools.permutations(range(gpus), depth * width):
-                ranks = [order[k * width : (k + 1) * width] for k in range(depth)]
-                period = costs.period(ranks, policy).min()
-                if period < np.inf:
-                    best = max(best or 0.0, width * problem.microbatch / period)
+            for relayed, some in relays(problem, stages):
+                costs = _Costs(problem, some, depth, width, relayed)
+                for order in itertools.permutations(range(gpus), depth * width):
+                    ranks = [order[k * width : (k + 1) * width] for k in range(depth)]
+                    period = costs.period(ranks, policy).min()
+                    if period < np.inf:
+                        best = max(best or 0.0, width * problem.microbatch / period)
     return best
 
 
@@ -57,6 +61,53 @@ def assignments(problem, depth):
     return grid[fine]
 
 
+def relays(problem, stages):
+    """Sets of tensors to relay, with the assignments in which all of them skip a stage.
+
+    Tensors with the same ends, blocks that must share a stage being one, travel the same way.
+    """
+    number = {block.name: i for i, block in enumerate(problem.blocks)}
+    leader = leaders(problem)
+    kinds = defaultdict(list)
+    for tensor in problem.tensors:
+        producer = leader[number[tensor.producer]]
+        readers = frozenset(leader[number[c]] for c in tensor.consumers) - {producer}
+        kinds[producer, readers, tensor.saved].append(tensor)
+    skipping = []
+    for tensors in kinds.values():
+        blocks = [number[c] for c in tensors[0].consumers]
+        far = stages[:, blocks].max(axis=1) > stages[:, number[tensors[0].producer]] + 1
+        if far.any() and any(t.bytes or t.gradient_bytes for t in tensors):
+            skipping.append(({t.name for t in tensors}, far))
+    yield frozenset(), stages
+    open_ = [(frozenset(), np.ones(len(stages), bool), 0)]
+    while open_:
+        names, rows, first = open_.pop()
+        for i in range(first, len(skipping)):
+            more, far = skipping[i]
+            if (rows & far).any():
+                yield names | more, stages[rows & far]
+                open_.append((names | more, rows & far, i + 1))
+
+
+def leaders(problem):
+    """The first of the blocks that each must share a stage with."""
+    number = {block.name: i for i, block in enumerate(problem.blocks)}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(number)))
+    for tensor in problem.tensors:
+        graph.add_edges_from((number[tensor.producer], number[c]) for c in tensor.consumers)
+    rules = problem.constraints
+    uncut = [t for t in problem.tensors if t.name in rules.never_cut]
+    for group in (*rules.together, *((t.producer, *t.consumers) for t in uncut)):
+        ends = [number[name] for name in group]
+        graph.add_edges_from(zip(ends, ends[1:] + ends[:1], strict=True))
+    found = {}
+    for component in nx.strongly_connected_components(graph):
+        found.update(dict.fromkeys(component, min(component)))
+    return found
+
+
 def ring(size, members, m):
     return size * 2 * (members - 1) / members / m
 
@@ -64,7 +115,7 @@ def ring(size, members, m):
 class _Costs:
     """What does not depend on the layout, for all assignments at once."""
 
-    def __init__(self, problem, stages, depth, width):
+    def __init__(self, problem, stages, depth, width, relayed):
         self.problem, self.depth, self.width = problem, depth, width
         self.m = problem.microbatches or depth
         self.network = Network(problem.topology)
@@ -75,7 +126,7 @@ class _Costs:
         self.inputs, self.saved, self.buffers = ([zero.copy() for _ in self.here] for _ in range(3))
         self.gradients = [zero.copy() for _ in self.here]
         for tensor in problem.tensors:
-            self._tensor(tensor, stages)
+            (self._relayed if tensor.name in relayed else self._tensor)(tensor, stages)
         self.holds = {p.name: self._parameter(p) for p in problem.parameters}
 
     def _tensor(self, tensor, stages):
@@ -92,6 +143,18 @@ class _Costs:
                 self.saved[k] += goes * tensor.bytes * tensor.saved
                 self.buffers[k] += goes * (tensor.bytes * (k - j) + tensor.gradient_bytes)
                 self.buffers[j] += goes * tensor.gradient_bytes * (k - j)
+
+    def _relayed(self, tensor, stages):
+        source = stages[:, self.number[tensor.producer]]
+        last = stages[:, [self.number[c] for c in tensor.consumers]].max(axis=1)
+        for k in range(self.depth - 1):
+            passes = (source <= k) & (k < last)
+            self.flows[k, k + 1] += passes * tensor.bytes
+            self.flows[k + 1, k] += passes * tensor.gradient_bytes
+            self.buffers[k] += passes * (tensor.bytes + tensor.gradient_bytes)
+            self.buffers[k + 1] += passes * (tensor.bytes + tensor.gradient_bytes)
+            self.inputs[k + 1] += passes * tensor.bytes
+            self.saved[k + 1] += passes * tensor.bytes * tensor.saved
 
     def _parameter(self, parameter):
         blocks = [self.number[name] for name in parameter.blocks]

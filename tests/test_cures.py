@@ -58,9 +58,11 @@ def _fits(instance, depth, recompute):
             continue
         if len(set(stages)) < depth:
             continue
-        for shape in shapes:
+        for shape, relayed in itertools.product(shapes, _relays(instance, stages)):
             # What one stage needs does not depend on whether another recomputes.
-            tried = [evaluate(instance, shape, stages, (again,) * depth) for again in choices]
+            tried = [
+                evaluate(instance, shape, stages, (again,) * depth, relayed) for again in choices
+            ]
             if all(
                 problem.startswith("stage") for found in tried for problem in found.problems
             ) and all(
@@ -69,6 +71,16 @@ def _fits(instance, depth, recompute):
             ):
                 return True
     return False
+
+
+def _relays(instance, stages):
+    """Every set of the tensors that skip a stage."""
+    far = [
+        i
+        for i, edge in enumerate(instance.edges)
+        if any(stages[c] - stages[edge.producer] > 1 for c in edge.consumers)
+    ]
+    return [set(s) for n in range(len(far) + 1) for s in itertools.combinations(far, n)]
 
 
 def at_size(size):
@@ -186,7 +198,7 @@ INFEASIBLE = {
     "too few stages, two replicas": (
         weighty([40] * 4, memory=300, gpus=4), {"widths": (2,)}, {"memory", "devices"}),
     "more stages than blocks": (chain([1.0] * 3, gpus=4), {"depths": (4,)}, {"stages"}),
-    "waiting buffers": (skips(250), {"depths": (4,)}, {"memory", "stages"}),
+    "waiting buffers": (skips(200), {"depths": (4,)}, {"memory", "stages"}),
     "pinned behind an empty stage": (
         chain([1.0] * 3, gpus=3, constraints=Constraints(pin={"b0": 2})), {}, {"constraint"}),
     "pinned beyond the last stage": (

@@ -59,6 +59,7 @@ class Candidate:
     bound: float  # samples per second
     stages: tuple[int, ...] | None = None
     laid_out: Shape | None = None  # where `stages` are, if the shape leaves that open
+    relayed: frozenset[int] = frozenset()  # edges that were, when `stages` was found
     closed_by: str = ""  # what showed that nothing better is left in it
 
     def rate(self, busiest_s: float) -> float:

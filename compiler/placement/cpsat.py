@@ -2,6 +2,8 @@
 
     p[v,k] = 1 iff group v is in a stage <= k         x[v,k] = p[v,k] - p[v,k-1]
     y[t,j,k] >= x[u,j] + x[c,k] - 1                   tensor t of u goes from stage j to stage k
+    g[t] = 1                                          every stage on its way passes it on: then
+    h[t,i] >= p[u,i] - p[c,i] + g[t] - 1              it goes from i to i+1, and not from j to k
     z[q,k] >= x[v,k] for each user v                  stage k holds tied parameter q
     r[k] = 1                                          stage k recomputes its forward
     minimise T >= compute[k], T >= load of every port, memory[k] <= limit
@@ -20,8 +22,9 @@ import numpy as np
 
 from p2bw.compiler.links import Port
 from p2bw.compiler.placement.dp import Recompute
-from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate, ring_bytes
+from p2bw.compiler.placement.evaluate import Shape, ring_bytes
 from p2bw.compiler.placement.instance import PS, Instance
+from p2bw.compiler.placement.relays import Relayed, judge
 from p2bw.compiler.placement.stop import Stop, Tell, run_solver
 from p2bw.compiler.placement.windows import (
     TOLERANCE,
@@ -47,6 +50,7 @@ class Result:
     bound_s: float
     stages: tuple[int, ...] | None  # better than the upper bound
     spent: float  # deterministic time
+    relayed: Relayed = frozenset()  # with which they are
 
 
 def solve_shape(
@@ -75,6 +79,7 @@ def solve_shape(
     model.stop, model.any_will_do, model.tell = stop, any_will_do, tell
     model.require_below(upper_s)
     best: tuple[int, ...] | None = None
+    relayed: Relayed = frozenset()
     spent = bound_s = 0.0
     for _ in range(MAX_REPAIRS):
         found = model.minimise(hint, limit - spent)
@@ -83,10 +88,10 @@ def solve_shape(
         if found.stages is None:
             break
         hint = found.stages
-        again = choose_recompute(instance, shape, hint, recompute)
-        real = evaluate(instance, shape, hint, again)
+        judged = judge(instance, shape, hint, recompute, start=found.relayed)
+        real = judged.evaluation
         if real.feasible and real.busiest_s < upper_s:
-            best, upper_s = hint, real.busiest_s
+            best, relayed, upper_s = hint, judged.relayed, real.busiest_s
         if upper_s <= bound_s * (1 + TOLERANCE) or spent >= limit or stop():
             break
         if any_will_do and best is not None:
@@ -94,7 +99,7 @@ def solve_shape(
         # Rounding, or what the program leaves out, made it look better than it is.
         model.forbid(hint)
         model.require_below(upper_s)
-    return Result(bound_s, best, spent)
+    return Result(bound_s, best, spent, relayed)
 
 
 class _Sum:
@@ -138,6 +143,7 @@ class _Found:
     stages: tuple[int, ...] | None
     spent: float
     settled: bool  # nothing better is left
+    relayed: Relayed = frozenset()
 
 
 class _Model:
@@ -173,7 +179,9 @@ class _Model:
             for v, (first, last) in enumerate(windows)
         ]
         self._order()
+        self.relays: dict[int, Any] = {}
         self.y = [self._tensor(t) for t in range(len(routes))]
+        self.h = [self._hops(t) for t in range(len(routes))]
         self.z = [self._holders(tied.groups) for tied in instance.tied]
         self._ports()
         self._uplinks()
@@ -250,6 +258,33 @@ class _Model:
                     self._at_least(crosses, apart)
         return y
 
+    def _hops(self, t: int) -> dict[int, Any]:
+        """By stage, whether it passes the tensor to the next; takes what is passed on out of y."""
+        edge, y = self.instance.edges[t], self.y[t]
+        if not (edge.bytes or edge.gradient) or all(k - j == 1 for j, k in y):
+            return {}
+        relay = self.relays[t] = self._literal(f"g_{t}")
+        for pair, goes in y.items():
+            y[pair] = self._literal("")
+            left, right = _Sum(), _Sum()
+            left.add(y[pair])
+            right.add(goes)
+            right.add(relay, -1)
+            self._at_least(left, right)
+        hops = {}
+        first, last = min(j for j, _ in y), max(k for _, k in y)
+        for i in range(first, last):
+            hops[i] = self._literal(f"h_{t}_{i}")
+            for c in edge.consumers:
+                crosses = _Sum(-1)
+                crosses.add(self.p[edge.producer][i])
+                crosses.add(self.p[c][i], -1)
+                crosses.add(relay)
+                left = _Sum()
+                left.add(hops[i])
+                self._at_least(left, crosses)
+        return hops
+
     def _holders(self, groups: tuple[int, ...]) -> list[Any]:
         z = []
         for k in range(self.shape.depth):
@@ -306,11 +341,12 @@ class _Model:
 
     def _flow(self, load: _Sum, source: int, target: int, s_per_byte: float) -> None:
         """Add what stage `source` sends to stage `target`: tensors forward, gradients back."""
-        for edge, y in zip(self.instance.edges, self.y, strict=True):
+        low, high = min(source, target), max(source, target)
+        for edge, y, hops in zip(self.instance.edges, self.y, self.h, strict=True):
             size = edge.bytes if source < target else edge.gradient
-            literal = y.get((min(source, target), max(source, target)))
-            if literal is not None:
-                load.add(literal, self._ticks(size * s_per_byte))
+            for literal in (y.get((low, high)), hops.get(low) if high == low + 1 else None):
+                if literal is not None:
+                    load.add(literal, self._ticks(size * s_per_byte))
 
     def _ring(self, load: _Sum, k: int, s_per_byte: float) -> None:
         """Add the all-reduce between neighbouring replicas of a stage."""
@@ -393,7 +429,13 @@ class _Model:
                 self._add(own, [0] * v + [size], k)
                 self.model.add(largest >= own.expression())
         kept, recomputed = _Sum(), _Sum()
-        for edge, y in zip(instance.edges, self.y, strict=True):
+        for edge, y, hops in zip(instance.edges, self.y, self.h, strict=True):
+            if k in hops:
+                fixed.add(hops[k], (edge.bytes + edge.gradient) // unit)
+            if k - 1 in hops:
+                fixed.add(hops[k - 1], (edge.bytes + edge.gradient) // unit)
+                kept.add(hops[k - 1], in_flight * edge.bytes * edge.saved // unit)
+                recomputed.add(hops[k - 1], in_flight * edge.bytes // unit)
             sent = [(target, literal) for (source, target), literal in y.items() if source == k]
             some = self._any([literal for _, literal in sent], len(edge.consumers) == 1)
             fixed.plus(some, edge.bytes // unit)
@@ -458,6 +500,7 @@ class _Model:
             more,
             bound_s=max(found.bound_s, more.bound_s),
             stages=more.stages or found.stages,
+            relayed=more.relayed if more.stages else found.relayed,
             spent=found.spent + more.spent,
         )
 
@@ -494,4 +537,7 @@ class _Model:
             sum(not (lit if isinstance(lit, int) else solver.boolean_value(lit)) for lit in row)
             for row in self.p
         )
-        return _Found(bound_s, stages, spent, status == cp_model.OPTIMAL)
+        relayed = frozenset(
+            t for t, literal in self.relays.items() if solver.boolean_value(literal)
+        )
+        return _Found(bound_s, stages, spent, status == cp_model.OPTIMAL, relayed)

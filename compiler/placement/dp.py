@@ -15,13 +15,12 @@ import numpy as np
 
 from p2bw.compiler.placement.evaluate import (
     Shape,
-    choose_recompute,
-    evaluate,
     ring_bytes,
     waiting_bytes,
 )
 from p2bw.compiler.placement.ideals import Floats, Steps, chain_to_stages
 from p2bw.compiler.placement.instance import PS, Instance, Numbers
+from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.placement.uplinks import Uplink, make_uplinks
 
 MAX_MENDS = 8  # times that a chain is sought with more memory kept free
@@ -201,8 +200,7 @@ def feasible_chain(costs: StepCosts, upper: float) -> tuple[float, tuple[int, ..
             bound = chain.seconds if chain else np.inf
         if chain is None:
             break
-        again = choose_recompute(instance, shape, chain.stages, costs.recompute)
-        if evaluate(instance, shape, chain.stages, again).feasible:
+        if judge(instance, shape, chain.stages, costs.recompute).evaluation.feasible:
             return bound, chain.stages
         waiting = waiting_bytes(instance, shape, chain.stages)
         slack = [max(known, found) for known, found in zip(slack, waiting, strict=True)]

@@ -1,7 +1,7 @@
 """evaluate: the exact numbers of one placement. Every solver's result is judged by it alone."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,10 +108,14 @@ class Evaluation:
 
 
 def evaluate(
-    instance: Instance, shape: Shape, stage_of: Sequence[int], recompute: Sequence[bool]
+    instance: Instance,
+    shape: Shape,
+    stage_of: Sequence[int],
+    recompute: Sequence[bool],
+    relayed: Collection[int] = (),
 ) -> Evaluation:
-    """Judge a placement: `stage_of` a group, `recompute` of a stage."""
-    flows = _flows(instance, shape, stage_of)
+    """Judge a placement: `stage_of` a group, `recompute` of a stage, the edges that are relayed."""
+    flows = _flows(instance, shape, stage_of, relayed)
     stages = tuple(
         _stage(instance, shape, stage_of, k, recompute[k], flows) for k in range(shape.depth)
     )
@@ -138,11 +142,12 @@ def choose_recompute(
     shape: Shape,
     stage_of: Sequence[int],
     policy: Literal["auto", "always", "never"],
+    relayed: Collection[int] = (),
 ) -> tuple[bool, ...]:
     """The best choice: recomputing only costs time, so only where the stash would not fit."""
     if policy != "auto":
         return (policy == "always",) * shape.depth
-    flows = _flows(instance, shape, stage_of)
+    flows = _flows(instance, shape, stage_of, relayed)
 
     def fits(k: int, again: bool) -> bool:
         numbers = _stage(instance, shape, stage_of, k, again, flows)
@@ -176,19 +181,19 @@ class _Flows:
     holds: tuple[tuple[int, ...], ...]  # by stage: tied parameters
 
 
-def _flows(instance: Instance, shape: Shape, stage_of: Sequence[int]) -> _Flows:
+def _flows(
+    instance: Instance, shape: Shape, stage_of: Sequence[int], relayed: Collection[int]
+) -> _Flows:
     received: list[list[tuple[Edge, int]]] = [[] for _ in range(shape.depth)]
     sent: list[list[tuple[Edge, tuple[int, ...]]]] = [[] for _ in range(shape.depth)]
     tensors: dict[tuple[int, int], int] = defaultdict(int)
-    for edge in instance.edges:
-        source = stage_of[edge.producer]
-        readers = tuple(sorted({stage_of[c] for c in edge.consumers} - {source}))
-        for reader in readers:
-            received[reader].append((edge, source))
-            tensors[source, reader] += edge.bytes
-            tensors[reader, source] += edge.gradient
-        if readers:
-            sent[source].append((edge, readers))
+    for i, edge in enumerate(instance.edges):
+        for source, targets in _hops(edge, stage_of, i in relayed):
+            for target in targets:
+                received[target].append((edge, source))
+                tensors[source, target] += edge.bytes
+                tensors[target, source] += edge.gradient
+            sent[source].append((edge, targets))
     m = instance.problem.microbatches_at(shape.depth)
     gradients = [0] * shape.depth
     for group, stage in enumerate(stage_of):
@@ -211,6 +216,19 @@ def _flows(instance: Instance, shape: Shape, stage_of: Sequence[int]) -> _Flows:
         tuple(ring_bytes(total, shape.width, m) for total in gradients),
         tuple(map(tuple, holds)),
     )
+
+
+def _hops(
+    edge: Edge, stage_of: Sequence[int], relayed: bool
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """From which stage to which others a tensor is sent: to all readers, or to the next stage."""
+    source = stage_of[edge.producer]
+    readers = tuple(sorted({stage_of[c] for c in edge.consumers} - {source}))
+    if relayed:
+        for k in range(source, max(readers, default=source)):
+            yield k, (k + 1,)
+    elif readers:
+        yield source, readers
 
 
 def ring_bytes(size: int, members: int, microbatches: int) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from p2bw.compiler.devices import Device
 from p2bw.compiler.links import Network
-from p2bw.compiler.problem import ParameterCost, PlacementProblem
+from p2bw.compiler.problem import ParameterCost, PlacementProblem, TensorCost
 from p2bw.runtime.errors import InfeasibleError
 
 PS = 10**12  # picoseconds in a second
@@ -47,6 +47,7 @@ class Edge:
     bytes: int
     gradient: int
     saved: bool
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,17 +299,25 @@ def _edges(
     problem: PlacementProblem, number: dict[str, int], group_of: list[int]
 ) -> tuple[Edge, ...]:
     """The tensors between groups; those with the same ends and kind count as one."""
-    found: dict[tuple[int, tuple[int, ...], bool], list[int]] = {}
+    found: dict[tuple[int, tuple[int, ...], bool], list[TensorCost]] = {}
     for tensor in problem.tensors:
         producer = group_of[number[tensor.producer]]
         readers = {group_of[number[name]] for name in tensor.consumers} - {producer}
         if readers:
-            sizes = found.setdefault((producer, tuple(sorted(readers)), tensor.saved), [0, 0])
-            sizes[0] += tensor.bytes
-            sizes[1] += tensor.gradient_bytes
+            ends = producer, tuple(sorted(readers)), tensor.saved
+            found.setdefault(ends, []).append(tensor)
     return tuple(
-        Edge(producer, consumers, size, gradient, saved)
-        for (producer, consumers, saved), (size, gradient) in sorted(found.items())
+        Edge(
+            producer,
+            consumers,
+            sum(tensor.bytes for tensor in tensors),
+            sum(tensor.gradient_bytes for tensor in tensors),
+            saved,
+            tuple(tensor.name for tensor in tensors),
+        )
+        for (producer, consumers, saved), tensors in sorted(
+            found.items(), key=lambda entry: entry[0]
+        )
     )
 
 

@@ -54,6 +54,7 @@ class Placement:
     layout: Layout
     stage_of_block: Mapping[str, int]
     recompute: tuple[bool, ...]  # by stage
+    relayed: tuple[str, ...] = ()  # tensors that every stage on their way passes on
     devices: tuple[tuple[int, ...], ...]  # by stage: the rank of each replica
     stages: tuple[StageNumbers, ...]
     links: tuple[LinkLoad, ...]

@@ -18,13 +18,9 @@ from p2bw.compiler.placement.candidates import (
 )
 from p2bw.compiler.placement.cpsat import solve_shape
 from p2bw.compiler.placement.dp import Recompute, StepCosts, feasible_chain, step_costs
-from p2bw.compiler.placement.evaluate import (
-    Evaluation,
-    choose_recompute,
-    evaluate,
-)
 from p2bw.compiler.placement.infeasible import why_infeasible
 from p2bw.compiler.placement.layouts import best_kinds, improve, lay_out, list_layouts
+from p2bw.compiler.placement.relays import Judgement, judge, relayed_tensors
 from p2bw.compiler.placement.result import Limits, Placement, Progress
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
@@ -125,11 +121,10 @@ def solve_fixed(
     )
 
 
-def judge(candidate: Candidate, stages: Sequence[int]) -> tuple[Evaluation, tuple[bool, ...]]:
-    """The exact numbers of a placement with the best choice of recomputation."""
+def judge_candidate(candidate: Candidate, stages: Sequence[int]) -> Judgement:
+    """The exact numbers of a placement with the best choice of recomputation and relays."""
     model = candidate.model
-    again = choose_recompute(model.instance, candidate.placed, stages, model.recompute)
-    return evaluate(model.instance, candidate.placed, stages, again), again
+    return judge(model.instance, candidate.placed, stages, model.recompute, start=candidate.relayed)
 
 
 class Search:
@@ -215,6 +210,7 @@ class Search:
             self.spent += found.spent
             candidate.bound = min(candidate.bound, self._bound(candidate, found.bound_s))
             if found.stages is not None:
+                candidate.relayed = found.relayed
                 self.offer(candidate, found.stages)
             self._close(candidate, "CP-SAT")
 
@@ -253,7 +249,7 @@ class Search:
         if better.shape != tried.shape:
             self._chain(better)
             if self.best is tried and better.stages is not None:
-                old, new = (judge(c, c.stages or ())[0] for c in (tried, better))
+                old, new = (judge_candidate(c, c.stages or ()).evaluation for c in (tried, better))
                 if new.busiest_s <= old.busiest_s * (1 + TOLERANCE):
                     self.best = better
 
@@ -273,7 +269,7 @@ class Search:
 
     def offer(self, candidate: Candidate, stages: tuple[int, ...]) -> None:
         """Take a feasible placement if it is better than the best."""
-        evaluation, _ = judge(candidate, stages)
+        evaluation = judge_candidate(candidate, stages).evaluation
         assert evaluation.feasible, evaluation.problems
         candidate.stages = stages
         rate = candidate.rate(evaluation.busiest_s)
@@ -324,7 +320,8 @@ class Search:
         assert self.best.stages is not None
         left = self.open()
         bound = self.bound()
-        evaluation, again = judge(self.best, self.best.stages)
+        judgement = judge_candidate(self.best, self.best.stages)
+        evaluation = judgement.evaluation
         instance, shape = self.best.model.instance, self.best.placed
         problem = instance.problem
         busy_s = sum(stage.forward_s + stage.backward_s for stage in evaluation.stages)
@@ -335,7 +332,8 @@ class Search:
             microbatches_per_update=problem.microbatches_at(shape.depth),
             layout=shape.layout,
             stage_of_block=instance.blocks_to_stages(self.best.stages),
-            recompute=again,
+            recompute=judgement.recompute,
+            relayed=relayed_tensors(instance, judgement.relayed),
             devices=tuple(
                 tuple(shape.rank(k, replica) for replica in range(shape.width))
                 for k in range(shape.depth)

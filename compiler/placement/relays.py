@@ -1,0 +1,91 @@
+"""judge: the exact numbers of a placement with its best choice of recomputation and of relays.
+
+A tensor that skips stages goes straight to its readers, or every stage on the way passes it on:
+that costs these stages memory and their links bytes, but nothing waits for several periods, and no
+slow way between distant devices is taken.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from p2bw.compiler.placement.evaluate import Evaluation, Shape, choose_recompute, evaluate
+from p2bw.compiler.placement.instance import Instance
+
+MAX_SETS = 32  # sets of relayed tensors that are all tried; with more, one tensor at a time
+
+Relayed = frozenset[int]  # edges
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A placement's numbers, and the choices that they are for."""
+
+    evaluation: Evaluation
+    recompute: tuple[bool, ...]
+    relayed: Relayed
+
+    @property
+    def order(self) -> tuple[bool, float, int, list[int]]:
+        """Less is better: fits, busy for less, fewer relays."""
+        found = self.evaluation
+        return not found.feasible, found.busiest_s, len(self.relayed), sorted(self.relayed)
+
+    @property
+    def unimprovable(self) -> bool:
+        """No relay can make it better: it fits, and computing is what takes longest."""
+        found = self.evaluation
+        busy = max(stage.compute_s for stage in found.stages)
+        return found.feasible and not any(self.recompute) and busy >= found.busiest_s
+
+
+def judge(
+    instance: Instance,
+    shape: Shape,
+    stages: Sequence[int],
+    policy: Literal["auto", "always", "never"],
+    start: Relayed = frozenset(),
+) -> Judgement:
+    """The best choices for a placement; of `start`, and what is near it, where they are many."""
+
+    def numbers(relayed: Relayed) -> Judgement:
+        again = choose_recompute(instance, shape, stages, policy, relayed)
+        return Judgement(evaluate(instance, shape, stages, again, relayed), again, relayed)
+
+    best = numbers(frozenset())
+    skipping = skips(instance, stages)
+    if not skipping or best.unimprovable:
+        return best
+    if 2 ** len(skipping) <= MAX_SETS:
+        sets = (
+            frozenset(chosen)
+            for size in range(1, len(skipping) + 1)
+            for chosen in combinations(skipping, size)
+        )
+        return min((best, *map(numbers, sets)), key=lambda found: found.order)
+    for first in (start & set(skipping), frozenset(skipping)):
+        best = min(best, numbers(frozenset(first)), key=lambda found: found.order)
+    while not best.unimprovable:
+        tried = [numbers(best.relayed ^ {edge}) for edge in skipping]
+        better = min(tried, key=lambda found: found.order)
+        if better.order >= best.order:
+            break
+        best = better
+    return best
+
+
+def skips(instance: Instance, stages: Sequence[int]) -> list[int]:
+    """The edges with a reader beyond the stage after the producer's."""
+    return [
+        i
+        for i, edge in enumerate(instance.edges)
+        if max(stages[c] for c in edge.consumers) > stages[edge.producer] + 1
+        and (edge.bytes or edge.gradient)
+    ]
+
+
+def relayed_tensors(instance: Instance, relayed: Collection[int]) -> tuple[str, ...]:
+    """The names of the tensors of such edges, in the problem's order."""
+    names = {name for i in relayed for name in instance.edges[i].names}
+    return tuple(t.name for t in instance.problem.tensors if t.name in names)
