@@ -7,9 +7,10 @@ from typing import Any, Literal
 from p2bw.compiler import units
 from p2bw.compiler.placement.cures import MAX_MEMORY, Request, with_memory
 from p2bw.compiler.placement.dp import Recompute
-from p2bw.compiler.placement.evaluate import Evaluation, Shape, choose_recompute, evaluate
+from p2bw.compiler.placement.evaluate import Evaluation, Shape, evaluate
 from p2bw.compiler.placement.instance import Instance, make_instance
 from p2bw.compiler.placement.marginal import Gain, find_gains
+from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import solve
 from p2bw.compiler.placement.stop import Interrupted
@@ -192,8 +193,7 @@ def _stage_of_group(instance: Instance, stage_of_block: Mapping[str, int]) -> tu
 def _judged(
     instance: Instance, shape: Shape, stages: tuple[int, ...], recompute: Recompute
 ) -> Evaluation:
-    again = choose_recompute(instance, shape, stages, recompute)
-    return evaluate(instance, shape, stages, again)
+    return judge(instance, shape, stages, recompute).evaluation
 
 
 def _busiest(now: Evaluation) -> list[Binding]:
@@ -236,7 +236,8 @@ def _memory(
         return []
     there = Shape(free.depth, free.width, "listed", free.devices)
     stages = _stage_of_group(instance, free.stage_of_block)
-    needs = evaluate(instance, there, stages, free.recompute).stages
+    sent = [i for i, edge in enumerate(instance.edges) if set(edge.names) <= set(free.relayed)]
+    needs = evaluate(instance, there, stages, free.recompute, sent).stages
     over = [k for k, stage in enumerate(needs) if stage.total > stage.limit]
     most = units.data(max(needs[k].total for k in over))
     return [

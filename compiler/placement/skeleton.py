@@ -11,7 +11,7 @@ import numpy as np
 
 from p2bw.compiler.placement.coarsen import work_ps
 from p2bw.compiler.placement.ideals import MAX_IDEALS, all_ideals
-from p2bw.compiler.placement.instance import Edge, Instance, Numbers, Tied
+from p2bw.compiler.placement.instance import Instance, Numbers, Tied
 
 
 def skeleton(instance: Instance, ideals: int = MAX_IDEALS) -> Instance:
@@ -63,7 +63,7 @@ def without(instance: Instance, left_out: list[int]) -> Instance:
         readers = tuple(number[c] for c in edge.consumers if c in number)
         if readers and edge.producer in number:
             producer = number[edge.producer]
-            edges.append(Edge(producer, readers, edge.bytes, edge.gradient, edge.saved))
+            edges.append(replace(edge, producer=producer, consumers=readers))
     tied = [
         Tied(tuple(number[g] for g in found.groups if g in number), found.state)
         for found in instance.tied
