@@ -1,0 +1,136 @@
+"""What a period costs at least where ideals are too many to list: minimum cuts by position.
+
+The position of an ideal is its time. Where it is between two positions, the tensors that leave the
+ideal cost at least
+
+    max over x of  min over ideals I of  live(I) + x (time(I) - position)
+
+and the inner minimum is a minimum cut of a network: a group on the source's side is in the ideal,
+and infinite arcs keep all that it needs there. What must be in by its position, or cannot be, is
+fixed. The cuts themselves are good ideals to end a stage at.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ortools.graph.python import max_flow
+
+from p2bw.compiler.placement.contract import Flow
+from p2bw.compiler.placement.ideals import Flags
+from p2bw.compiler.placement.instance import Numbers
+
+POSITIONS = 480
+EVERY = 4  # of the positions gives its cuts to the family
+BITS = 30  # of all costs together, in a network
+INFINITE = 1 << 40
+SLOPES = (0, 1, -1, 2, -2, 4, -4, 8, -8)  # of x, in quarters
+
+
+class Positions:
+    """The least that is live in each range of positions, and ideals where little is."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.time = flow.time
+        self.total = int(flow.time.sum())
+        costs = self.total + sum(cost for _, cost in flow.cuts)
+        self.shift = max(0, costs.bit_length() - BITS)  # rounds down: the minima stay below
+        self.above = reaching(flow.predecessors)
+        self._build(flow)
+        self.edges = [self.total * b // POSITIONS for b in range(POSITIONS + 1)]
+        self.live: list[int] = []  # INFINITE steps where there is no ideal
+        self.ideals: set[int] = set()
+        for b in range(POSITIONS):
+            self._scan(self.edges[b], self.edges[b + 1], keep=b % EVERY == 0)
+
+    def _build(self, flow: Flow) -> None:
+        groups, tensors = len(flow.time), len(flow.cuts)
+        arcs: list[tuple[int, int, int]] = []
+        for tensor, (ends, cost) in enumerate(flow.cuts, groups):
+            arcs.append((ends[0], tensor, cost >> self.shift))
+            arcs += [(tensor, end, INFINITE) for end in ends[1:]]
+        arcs += [(v, u, INFINITE) for v, found in enumerate(flow.predecessors) for u in found]
+        self.source, self.sink = groups + tensors, groups + tensors + 1
+        tails, heads, costs = np.array(arcs, np.int64).reshape(-1, 3).T
+        every = np.arange(groups)
+        self.costs = costs
+        self.network = max_flow.SimpleMaxFlow()
+        self.arcs = self.network.add_arcs_with_capacity(
+            np.concatenate([tails, every, np.full(groups, self.source)]),
+            np.concatenate([heads, np.full(groups, self.sink), every]),
+            np.zeros(len(tails) + 2 * groups, np.int64),
+        )
+
+    def _scan(self, first: int, last: int, keep: bool) -> None:
+        inside = self.total - self.above.T @ self.time < first
+        outside = self.above @ self.time > last
+        least, unit = 0, 4 << self.shift
+        for slope in SLOPES:
+            end = last if slope > 0 else first
+            found = self._cut(inside, outside, self.time * slope // unit)
+            found += -slope * end // unit  # all rounded down, so that the minimum stays below
+            least = max(least, found)
+            if found < INFINITE // 2 and keep:
+                self.ideals |= self._sides()
+        self.live.append(min(least, INFINITE) << self.shift)
+
+    def _cut(self, inside: Flags, outside: Flags, prices: Numbers) -> int:
+        """The least of what is live and the prices of what is inside."""
+        given = int(prices[inside].sum())
+        prices = np.where(inside, 0, prices)
+        leave = np.where(outside, INFINITE, np.maximum(prices, 0))
+        stay = np.where(inside, INFINITE, np.maximum(-prices, 0))
+        self.network.set_arcs_capacity(self.arcs, np.concatenate([self.costs, leave, stay]))
+        status = self.network.solve(self.source, self.sink)
+        assert status == self.network.OPTIMAL, status
+        return self.network.optimal_flow() + given + int(np.minimum(prices, 0).sum())
+
+    def _sides(self) -> set[int]:
+        """The smallest and the largest ideal of the last cut, as bits."""
+        groups = len(self.time)
+        small = self.network.get_source_side_min_cut()
+        beyond = set(self.network.get_sink_side_min_cut())
+        return {
+            sum(1 << v for v in small if v < groups),
+            sum(1 << v for v in range(groups) if v not in beyond),
+        }
+
+    def bound(self, low: int, high: int, workers: int, most: int) -> int:
+        """No period from `low` to below this one is enough; to a ten-thousandth, up to `high`."""
+        while high - low > high // 10_000:
+            period = (low + high) // 2
+            if self._least_workers(period, most) > workers:
+                low = period + 1
+            else:
+                high = period
+        return low
+
+    def _least_workers(self, period: int, most: int) -> int:
+        """At least so many are needed: stages go from range to range, links take the least live."""
+        never = np.iinfo(np.int32).max // 2
+        needed = np.array([-(-live // period) for live in self.live] + [0])
+        start = np.array([*self.edges[:-1], self.total])
+        least = np.full(POSITIONS + 1, never)
+        least[-1] = 0
+
+        def from_(end: int, first: int, own: int) -> int:
+            found = never
+            for r in range(max(1, own), most + 1):
+                last = int(np.searchsorted(start, end + r * period, "right"))
+                fits = least[first:last]
+                if first:  # the first stage does not pay for its end
+                    fits = np.where(needed[first:last] <= r, fits, never)
+                found = min(found, r + int(fits.min(initial=never)))
+            return found
+
+        for b in range(POSITIONS - 1, -1, -1):
+            least[b] = from_(self.edges[b + 1], b + 1, int(needed[b]))
+        return from_(0, 0, 0)
+
+
+def reaching(predecessors: Sequence[Sequence[int]]) -> Flags:
+    """Group x group: which need which, themselves included; predecessors come before."""
+    above = np.eye(len(predecessors), dtype=bool)
+    for v, found in enumerate(predecessors):
+        for u in found:
+            above[v] |= above[u]
+    return above
