@@ -306,7 +306,8 @@ def show_command(
 def solve_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A placement problem.")],
     stages: Annotated[
-        int | None, typer.Option(help="How many stages.  [searched, or the file's]")
+        int | None,
+        typer.Option(help="How many stages; per-stage: workers.  [searched, or the file's]"),
     ] = None,
     cpus: Annotated[
         int, typer.Option(help="CPUs that may be stages too, if the file has their times.")
@@ -338,8 +339,8 @@ def solve_command(
                 file,
                 stages=stages,
                 cpus=cpus,
-                bandwidth=bandwidth,
                 replication=replication,
+                bandwidth=bandwidth,
                 memory=None if memory is None else parse_bytes(memory),
                 stop=_stop(limit, say),
                 progress=say,

@@ -4,22 +4,20 @@
         activation_size=[6291456.0; 131072.0], parameter_size=50364416.000
     <tab>node6 -- node7
 
-Times are in ms, sizes in bytes. PipeDream's own objective, for straight pipelines: the busiest
-stage or link, with links of `bandwidth` between neighbours that work beside the stages; a link
-carries every output that is made before it and read after it, once, and its gradient back.
-Inputs cost nothing: each stage could load them.
+Times are in ms, sizes in bytes. The objective is PipeDream's own: see profile.py. Inputs cost
+nothing: each stage could load them.
 """
 
 import math
 
-from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer
+from p2bw.compiler.placement.profile import Operator, Output, ProfileProblem
 
 NUMBERS = ("forward_compute_time", "backward_compute_time", "activation_size", "parameter_size")
 
 
-def read_pipedream(text: str, bandwidth: float) -> LoadProblem:
+def read_pipedream(text: str, bandwidth: float) -> ProfileProblem:
     """The problem in a profile; ValueError names the line and the field that are not valid."""
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, Operator] = {}
     outputs: dict[str, float] = {}
     edges: list[tuple[int, str, str]] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -32,10 +30,11 @@ def read_pipedream(text: str, bandwidth: float) -> LoadProblem:
                 raise ValueError(f"line {number}: a second node {name}")
             forward, backward, activation, parameters = _numbers(costs, number)
             given = description.startswith("Input")
-            nodes[name] = Node(
+            nodes[name] = Operator(
                 name=f"{name} {description}",
                 time=0.0 if given else (forward + backward) / 1000,
-                size=0.0 if given else activation + parameters,
+                parameters=0.0 if given else parameters,
+                activation=0.0 if given else activation,
             )
             outputs[name] = 0.0 if given else activation
         elif line.strip():
@@ -49,16 +48,14 @@ def read_pipedream(text: str, bandwidth: float) -> LoadProblem:
             if end not in place:
                 raise ValueError(f"line {number}: no node {end}")
         readers.setdefault(source, []).append(place[target])
-    return LoadProblem(
-        nodes=tuple(nodes.values()),
-        transfers=tuple(
-            Transfer((place[source], *targets), 2 * outputs[source] / bandwidth)
+    return ProfileProblem(
+        operators=tuple(nodes.values()),
+        outputs=tuple(
+            Output(place[source], tuple(targets), outputs[source])
             for source, targets in readers.items()
         ),
         order=tuple((place[source], place[target]) for _, source, target in edges),
-        devices=None,
-        charge="boundaries",
-        unit="s per minibatch",
+        bandwidth=bandwidth,
     )
 
 

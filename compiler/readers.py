@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from p2bw.compiler.placement.loads import LoadProblem
+from p2bw.compiler.placement.profile import ProfileProblem
 from p2bw.compiler.placement.variants import VariantProblem
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.reader_device_placement import read_device_placement
@@ -19,7 +20,7 @@ FORMATS = (
 )
 BANDWIDTH = 1e9  # bytes per second: the default of PipeDream's optimizer
 
-Problem = PlacementProblem | LoadProblem | VariantProblem
+Problem = PlacementProblem | LoadProblem | ProfileProblem | VariantProblem
 
 
 def read_any(path: Path, bandwidth: float | None = None) -> Problem:

@@ -10,6 +10,8 @@ from p2bw.compiler.placement import Limits, solve
 from p2bw.compiler.placement.additive import solve_loads
 from p2bw.compiler.placement.hybrid import solve_hybrid
 from p2bw.compiler.placement.loads import LoadProblem
+from p2bw.compiler.placement.profile import ProfileProblem
+from p2bw.compiler.placement.profile_solver import solve_profile
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.placement.variants import VariantProblem
 from p2bw.compiler.placement.windows import TOLERANCE
@@ -87,8 +89,8 @@ def solve_file(
 
     Without `stages`, a PlacementProblem is solved at every depth and another format at as many as
     the file has devices; with it, a PlacementProblem at that depth, another at no more than that.
-    A stage of Piper's format has one device, or with `replication` "per-stage" as many as pay; and
-    a device `memory` bytes, if given.
+    With `replication` "per-stage", a stage of Piper's format or of a PipeDream profile has as many
+    devices as pay, of `stages` in all; without, it has one. A device has `memory` bytes, if given.
     """
     if stages is not None and stages < 1:
         raise UsageError(f"--stages {stages}: a pipeline has at least one stage")
@@ -102,11 +104,19 @@ def solve_file(
     problem = read_any(path, bandwidth)
     if cpus and not (isinstance(problem, LoadProblem) and problem.timed_on_cpu):
         raise UsageError(f"--cpus {cpus}: {path} does not say how long blocks take on a CPU")
+    if isinstance(problem, VariantProblem | ProfileProblem) and memory is not None:
+        problem = replace(problem, memory=memory)
     if isinstance(problem, VariantProblem):
         progress(f"placing {len(problem.nodes)} nodes")
-        problem = replace(problem, memory=problem.memory if memory is None else memory)
         with stop or Stop() as stop:
             return _solve_variants(problem, stages, replication, started, stop)
+    if isinstance(problem, ProfileProblem):
+        if stages is None:
+            raise UsageError(f"{path} does not say how many devices there are; give --stages")
+        progress(f"placing {len(problem.operators)} operators")
+        most = stages if replication == "per-stage" else 1
+        with stop or Stop() as stop:
+            return _solve_profile(problem, stages, most, started, stop)
     if replication == "per-stage" or memory is not None:
         option = "--memory" if replication == "uniform" else "--replication per-stage"
         raise UsageError(f"{option}: not for the format of {path}")
@@ -114,11 +124,9 @@ def solve_file(
         progress(f"placing {len(problem.blocks)} blocks")
         with stop or Stop() as stop:
             return _solve_blocks(problem, stages, started, Limits(stop=stop), progress)
-    if stages is None and problem.devices is None:
-        raise UsageError(f"{path} does not say how many devices there are; give --stages")
     progress(f"placing {len(problem.nodes)} nodes")
     with stop or Stop() as stop:
-        return _solve_loads(problem, stages or problem.devices or 1, cpus, started, stop)
+        return _solve_loads(problem, stages or problem.devices, cpus, started, stop)
 
 
 def _solve_blocks(
@@ -206,5 +214,27 @@ def _solve_variants(
                 },
             )
             for stage, cost in zip(stages, found.costs, strict=True)
+        ),
+    )
+
+
+def _solve_profile(
+    problem: ProfileProblem, workers: int, most: int, started: float, stop: Stop
+) -> Solution:
+    found = solve_profile(problem, workers, most, stop)
+    names = [op.name for op in problem.operators]
+    return Solution(
+        status="optimal" if found.bound >= found.objective * (1 - TOLERANCE) else "feasible",
+        objective=found.objective,
+        bound=found.bound,
+        seconds=time.monotonic() - started,
+        unit="s per minibatch",
+        space=f"1..{workers} workers, at most {most} to a stage: {found.settled_by}",
+        assignment=dict(zip(names, found.place, strict=True)),
+        stages=tuple(
+            SolvedStage(
+                load=stage.load, memory=stage.memory, replicas=stage.replicas, device="worker"
+            )
+            for stage in found.stages
         ),
     )

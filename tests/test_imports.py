@@ -61,9 +61,9 @@ def test_nothing_imports_the_command_line(part: str) -> None:
         assert not imported_from(source, *COMMAND_LINE), source
 
 
-def test_the_solver_is_imported_by_the_integer_programs_alone() -> None:
+def test_the_solver_is_imported_by_programs_and_minimum_cuts_alone() -> None:
     files = {source.name for source in SOURCES if imported_from(source, "ortools")}
-    assert files <= {"cpsat.py", "additive_cpsat.py"}
+    assert files <= {"cpsat.py", "additive_cpsat.py", "positions.py"}
 
 
 @every_source

@@ -47,7 +47,6 @@ def load_problems(draw):
         together=tuple(draw(st.lists(pair, max_size=1))),
         memory=draw(st.sampled_from([6.0, 12.0, math.inf])),
         devices=3,
-        charge=draw(st.sampled_from(["stages", "boundaries"])),
         unit="s",
     )
 

@@ -79,7 +79,7 @@ def solve_loads(
             bound = _least(loads, (devices, cpus))
     else:
         row, bound = _program(loads, (devices, cpus), row, stop)
-        settled_by = f"integer program over {len(loads.groups)} groups"
+        settled_by = f"integer program over {len(loads.predecessors)} groups"
     if bound < np.inf and stop() and (row is None or bound < row.busiest):
         if row is None:
             raise stop.error()
@@ -103,7 +103,7 @@ def _joined(problem: LoadProblem, upper: float, cpus: int) -> LoadProblem:
 
     A tensor between two CPUs would cost neither of them anything.
     """
-    if cpus > 1 and problem.charge == "stages":
+    if cpus > 1:
         return problem
     dear = tuple(t.ends for t in problem.transfers if t.cost >= upper)
     return replace(problem, together=problem.together + dear)
@@ -132,22 +132,19 @@ def _program(
 
 
 def _judge(loads: Loads, stages: tuple[int, ...], kinds: tuple[Kind, ...]) -> _Row:
-    """The busiest device or link in steps; devices without groups left out."""
+    """The busiest device in steps; devices without groups left out."""
     used = sorted(set(stages))
     stages = tuple(used.index(stage) for stage in stages)
     kinds = tuple(kinds[stage] for stage in used)
-    busy, links = [0] * len(used), [0] * len(used)
+    busy = [0] * len(used)
     for v, k in enumerate(stages):
         busy[k] += int((loads.cpu_time if kinds[k] == "cpu" else loads.time)[v])
     for ends, cost in loads.cuts:
         touched = sorted({stages[end] for end in ends})
-        if loads.charge == "boundaries":
-            for k in range(touched[0], touched[-1]):
-                links[k] += cost
-        elif len(touched) > 1:
+        if len(touched) > 1:
             for k in touched:
                 busy[k] += cost * (kinds[k] == "accelerator")
-    return _Row(float(max(busy + links)), loads.nodes_to_stages(stages), kinds)
+    return _Row(float(max(busy)), loads.grouping.nodes_to_stages(stages), kinds)
 
 
 def _explain(problem: LoadProblem, devices: int) -> str:
@@ -177,9 +174,7 @@ class _Prices:
         self.time, self.cpu_time = sums(loads.time), sums(loads.cpu_time)
         self.size, self.unaccelerated = sums(loads.size), sums(loads.unaccelerated)
         self.memory = loads.memory
-        self.charged = loads.charge == "stages" and bool(loads.cuts)
-        # What the link after an ideal carries.
-        self.link = np.zeros(len(members)) if self.charged else _crossing(loads, members)
+        self.charged = bool(loads.cuts)
         if not self.charged:
             return
         cost = np.array([cost for _, cost in loads.cuts], np.float64)
@@ -246,7 +241,6 @@ def _sweep(
                 if c:
                     _relax(now, best[:, a, c - 1], source[rows], here[1], 1)
             found = best[first:last]
-            np.maximum(found, prices.link[first:last, None, None], out=found)
             found[~open_[first:last] | (found >= upper)] = np.inf
     return _backtrack(loads, members, best, came)
 
@@ -293,14 +287,11 @@ def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flag
     cpu = upper * apt.max(initial=0.0) + free
     room = used[0] * upper + used[1] * cpu
     left = (devices[0] - used[0]) * upper + (devices[1] - used[1]) * cpu
-    crossing = _crossing(loads, members)
-    paid = crossing if loads.charge == "stages" and not devices[1] else np.zeros(len(members))
+    paid = np.zeros(len(members)) if devices[1] else _crossing(loads, members)
     before = members @ loads.time
     after = int(loads.time.sum()) - before
     fits: Flags = (before + paid)[:, None, None] <= room
     fits &= (after + paid)[:, None, None] <= left
-    if loads.charge == "boundaries":
-        fits[crossing >= upper] = False
     return fits
 
 
@@ -327,5 +318,5 @@ def _backtrack(loads: Loads, members: Flags, best: Floats, came: Numbers) -> _Ro
         accelerators, cpus = accelerators - (1 - by_cpu), cpus - by_cpu
         stages += ~members[ideal]
         kinds.append("cpu" if by_cpu else "accelerator")
-    place = loads.nodes_to_stages((stages - 1).tolist())
+    place = loads.grouping.nodes_to_stages((stages - 1).tolist())
     return _Row(busiest, place, tuple(kinds[::-1]))

@@ -2,8 +2,7 @@
 
     p[v,k] = 1 iff group v is on a device <= k        x[v,k] = p[v,k] - p[v,k-1]
     cut[t,k] >= x[u,k] - x[v,k], u and v next to each other in the circle of t's ends
-    charge "boundaries": cross[t,k] >= p[u,k] - p[v,k] instead, for the link after k
-    minimise T >= time[k] + sum of cost * cut[t,k], or T >= sum of cost * cross[t,k]
+    minimise T >= time[k] + sum of cost * cut[t,k]
 
 Loads are rounded down, so that the optimum is a lower bound.
 """
@@ -54,7 +53,7 @@ class _Program:
         self.depth = sum(devices)
         self.busiest = self.model.new_int_var(0, RESOLUTION - 1, "T")
         self.cpu: list[Any] = [0] * self.depth
-        windows = [(0, self.depth - 1)] * len(loads.groups)
+        windows = [(0, self.depth - 1)] * len(loads.predecessors)
         if devices[1]:
             self.cpu = [self.model.new_bool_var(f"cpu_{k}") for k in range(self.depth)]
             self.model.add(sum(self.cpu) == devices[1])
@@ -92,19 +91,14 @@ class _Program:
                 self._implies(self.p[v][k], self.p[u][k])
 
     def _device(self, k: int) -> None:
-        """Load, memory and kind of device k, and the link after it."""
+        """Load, memory and kind of device k."""
         loads, cpu = self.loads, self.cpu[k]
         here = [
             v for v, row in enumerate(self.p) if not self._fixed(self._x(v, k)) or self._x(v, k)
         ]
         x = {v: self._x(v, k) for v in here}
         terms = [self._ticks(loads.time[v]) * x[v] for v in here]
-        if loads.charge == "stages":
-            terms += [self._ticks(cost) * self._cut(ends, x) for ends, cost in loads.cuts]
-        elif k < self.depth - 1:
-            before = {v: row[k] for v, row in enumerate(self.p)}
-            crossing = [self._ticks(cost) * self._cut(ends, before) for ends, cost in loads.cuts]
-            self.model.add(self.busiest >= sum(crossing))
+        terms += [self._ticks(cost) * self._cut(ends, x) for ends, cost in loads.cuts]
         size = sum(int(loads.size[v]) * literal for v, literal in x.items())
         limits = [self.busiest >= sum(terms)]
         if int(loads.size.sum()) > loads.memory:
@@ -163,7 +157,7 @@ class _Program:
 
 def _windows(loads: Loads, depth: int, upper: float) -> list[tuple[int, int]]:
     """First and last device of each group: all that must come before it, or after, needs room."""
-    above = np.eye(len(loads.groups), dtype=bool)
+    above = np.eye(len(loads.predecessors), dtype=bool)
     for v, before in enumerate(loads.predecessors):
         for u in before:
             above[v] |= above[u]

@@ -108,8 +108,7 @@ def contract(problem: LoadProblem) -> Loads:
         for node in problem.nodes
     ]
     tensors = [(transfer.ends, transfer.cost) for transfer in problem.transfers]
-    leader = joined(len(problem.nodes), problem.order, problem.together)
-    grouping = _group(leader, problem.order, tensors, heavy)
+    grouping = _group(components(problem), problem.order, tensors, heavy)
     times = [node.time for node in problem.nodes]
     cpu_times = [node.cpu_time for node in problem.nodes]
     sizes = [node.size for node in problem.nodes]
@@ -260,10 +259,15 @@ def _steps(values: Iterable[float], bits: int = BITS) -> float:
     return 2.0 ** (bits - math.ceil(math.log2(total))) if total else 1.0
 
 
+def components(problem: LoadProblem) -> list[int]:
+    """The first node of each node's group: what is joined, or lies on a path between the joined."""
+    return joined(len(problem.nodes), problem.order, problem.together)
+
+
 def joined(
     count: int, order: Iterable[tuple[int, int]], together: Iterable[tuple[int, ...]]
 ) -> list[int]:
-    """The first node of each node's group: what is joined, or lies on a path between the joined."""
+    """The same, of so many nodes."""
     graph = nx.DiGraph()
     graph.add_nodes_from(range(count))
     graph.add_edges_from(order)

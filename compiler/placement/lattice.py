@@ -18,7 +18,7 @@ from p2bw.compiler.placement.instance import Numbers
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """Ideals in levels, from the empty one to the one with all groups; none covers its own level."""
+    """Ideals in levels, from the empty to the full one; covers are of later levels."""
 
     members: Flags  # ideal x group
     starts: tuple[int, ...]  # of each level, and the end
@@ -95,6 +95,15 @@ def some_ideals(ideals: Iterable[int], size: int) -> Lattice:
         level, above = np.nonzero(covered[first:last])
         covers.append(_pad(above.tolist(), np.bincount(level, minlength=last - first).tolist()))
     return Lattice(members[order], tuple(starts), tuple(covers))
+
+
+def reaching(predecessors: Sequence[Sequence[int]]) -> Flags:
+    """Group x group: which need which, themselves included; predecessors come before."""
+    above = np.eye(len(predecessors), dtype=bool)
+    for v, found in enumerate(predecessors):
+        for u in found:
+            above[v] |= above[u]
+    return above
 
 
 def _pad(flat: list[int], counts: list[int]) -> Numbers:

@@ -1,12 +1,9 @@
 """LoadProblem: nodes of any graph on a row of devices, the busiest of which is to be least busy.
 
     load of a device = its nodes' times + the cost of every tensor that enters or leaves it
-                       (charge "stages": once for each device, in the sum)
-    or               = its nodes' times; a link is busy for the cost of all tensors that cross it
-                       (charge "boundaries": links lie between neighbours and work beside devices)
 
-The published placement problems are of this kind (see the readers); times and sizes are in a
-file's own unit. A CPU takes `cpu_time` and pays neither for tensors nor for memory.
+The published device-placement problems are of this kind (see their reader); times and sizes are in
+a file's own unit. A CPU takes `cpu_time` and pays neither for tensors nor for memory.
 """
 
 import math
@@ -43,9 +40,8 @@ class LoadProblem:
     order: tuple[tuple[int, int], ...]  # no later on the row than
     together: tuple[tuple[int, ...], ...] = ()
     memory: float = math.inf  # of an accelerator
-    devices: int | None  # accelerators that the file offers
+    devices: int  # accelerators that the file offers
     timed_on_cpu: bool = False  # `cpu_time` means something
-    charge: Literal["stages", "boundaries"] = "stages"
     unit: str
 
 
@@ -64,20 +60,16 @@ def judge_loads(
     """The exact objective of a placement, and each device's share; by the definition alone."""
     terms: list[list[float]] = [[] for _ in kinds]
     sizes: list[list[float]] = [[] for _ in kinds]
-    links: list[list[float]] = [[] for _ in kinds]  # after each device
     for node, k in zip(problem.nodes, place, strict=True):
         terms[k].append(node.cpu_time if kinds[k] == "cpu" else node.time)
         sizes[k].append(node.size)
     for transfer in problem.transfers:
         touched = {place[end] for end in transfer.ends}
-        if problem.charge == "boundaries":
-            for k in range(min(touched), max(touched)):
-                links[k].append(transfer.cost)
-        elif len(touched) > 1:
+        if len(touched) > 1:
             for k in touched:
                 if kinds[k] == "accelerator":
                     terms[k].append(transfer.cost)
     devices = tuple(
         Device(kind, math.fsum(terms[k]), math.fsum(sizes[k])) for k, kind in enumerate(kinds)
     )
-    return max([device.load for device in devices] + [math.fsum(costs) for costs in links]), devices
+    return max(device.load for device in devices), devices

@@ -10,14 +10,13 @@ and infinite arcs keep all that it needs there. What must be in by its position,
 fixed. The cuts themselves are good ideals to end a stage at.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from ortools.graph.python import max_flow
 
 from p2bw.compiler.placement.contract import Flow
 from p2bw.compiler.placement.ideals import Flags
 from p2bw.compiler.placement.instance import Numbers
+from p2bw.compiler.placement.lattice import reaching
 
 POSITIONS = 480
 EVERY = 4  # of the positions gives its cuts to the family
@@ -82,7 +81,7 @@ class Positions:
         self.network.set_arcs_capacity(self.arcs, np.concatenate([self.costs, leave, stay]))
         status = self.network.solve(self.source, self.sink)
         assert status == self.network.OPTIMAL, status
-        return self.network.optimal_flow() + given + int(np.minimum(prices, 0).sum())
+        return int(self.network.optimal_flow()) + given + int(np.minimum(prices, 0).sum())
 
     def _sides(self) -> set[int]:
         """The smallest and the largest ideal of the last cut, as bits."""
@@ -125,12 +124,3 @@ class Positions:
         for b in range(POSITIONS - 1, -1, -1):
             least[b] = from_(self.edges[b + 1], b + 1, int(needed[b]))
         return from_(0, 0, 0)
-
-
-def reaching(predecessors: Sequence[Sequence[int]]) -> Flags:
-    """Group x group: which need which, themselves included; predecessors come before."""
-    above = np.eye(len(predecessors), dtype=bool)
-    for v, found in enumerate(predecessors):
-        for u in found:
-            above[v] |= above[u]
-    return above

@@ -11,10 +11,10 @@ import numpy as np
 
 from p2bw.compiler.placement.contract import Flow, contract_profile
 from p2bw.compiler.placement.instance import Numbers
-from p2bw.compiler.placement.lattice import all_ideals, some_ideals
-from p2bw.compiler.placement.positions import Positions, reaching
+from p2bw.compiler.placement.lattice import all_ideals, reaching, some_ideals
 from p2bw.compiler.placement.profile import ProfileProblem, ReplicatedStage, judge_profile
 from p2bw.compiler.placement.replicated import Row, Search, columns, minimise
+from p2bw.compiler.placement.stop import Stop
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 300_000
@@ -35,11 +35,14 @@ class ProfilePlacement:
     settled_by: str
 
 
-def solve_profile(problem: ProfileProblem, workers: int, most: int) -> ProfilePlacement:
+def solve_profile(
+    problem: ProfileProblem, workers: int, most: int, stop: Stop | None = None
+) -> ProfilePlacement:
     """The placement on at most so many workers, `most` to a stage, that has the least period.
 
     And of those, one on the fewest workers.
     """
+    stop = stop or Stop()
     most = min(most, workers)
     flow = contract_profile(problem, workers)
     cells = columns(workers, most).shape[1]
@@ -48,11 +51,14 @@ def solve_profile(problem: ProfileProblem, workers: int, most: int) -> ProfilePl
     row = None
     settled_by = "minimum cuts and all ideals around the best"
     if lattice is None or len(lattice.members) > FEW:
-        row, low = _approach(problem, flow, (workers, most), low)
-    if lattice is not None:
-        row = minimise(Search(flow, lattice, workers, most), low, row)
-        low = row.period if row else low
+        row, low = _approach(problem, flow, (workers, most), low, stop)
+    if lattice is not None and not stop():
+        row, low = minimise(Search(flow, lattice, workers, most), low, row, stop)
         settled_by = f"dynamic program over {len(lattice.members)} ideals"
+    if stop() and (row is None or low < row.period):
+        if row is None:
+            raise stop.error()
+        settled_by += f"; stopped by {stop.reason}"
     if row is None:
         if lattice is None:
             raise TimeLimitError("no placement found, and none ruled out; offer more memory")
@@ -60,7 +66,7 @@ def solve_profile(problem: ProfileProblem, workers: int, most: int) -> ProfilePl
     objective, stages = judge_profile(problem, row.place, row.replicas)
     return ProfilePlacement(
         objective=objective,
-        bound=objective if low == row.period else min(objective, (low - 1) / flow.steps),
+        bound=objective if low >= row.period else min(objective, (low - 1) / flow.steps),
         place=row.place,
         stages=stages,
         settled_by=settled_by,
@@ -68,14 +74,16 @@ def solve_profile(problem: ProfileProblem, workers: int, most: int) -> ProfilePl
 
 
 def _approach(
-    problem: ProfileProblem, flow: Flow, pool: tuple[int, int], low: int
+    problem: ProfileProblem, flow: Flow, pool: tuple[int, int], low: int, stop: Stop
 ) -> tuple[Row | None, int]:
-    """A good placement, and a period that is not too long for any."""
+    """A good placement, and a period below which none is."""
+    from p2bw.compiler.placement.positions import Positions
+
     positions = Positions(flow)
     family = some_ideals(positions.ideals, len(flow.time))
-    row = minimise(Search(flow, family, *pool), low, None)
+    row, _ = minimise(Search(flow, family, *pool), low, None, stop)
     for _ in range(ROUNDS):
-        better = _refine(problem, flow, pool, low, row) if row else None
+        better = _refine(problem, flow, pool, low, row, stop) if row and not stop() else None
         if better is None or row is None or better.period == row.period:
             break
         row = better
@@ -84,7 +92,7 @@ def _approach(
 
 
 def _refine(
-    problem: ProfileProblem, flow: Flow, pool: tuple[int, int], low: int, row: Row
+    problem: ProfileProblem, flow: Flow, pool: tuple[int, int], low: int, row: Row, stop: Stop
 ) -> Row | None:
     """The best placement that differs from this one only in what is near its cuts."""
     stage = [row.place[own[0]] for own in flow.grouping.groups]
@@ -98,13 +106,13 @@ def _refine(
         near = contract_profile(problem, pool[0], [tuple(core) for core in cores if core])
         lattice = all_ideals(near.predecessors, LOCAL)
         if lattice is not None:
-            return minimise(Search(near, lattice, *pool), low, row)
+            return minimise(Search(near, lattice, *pool), low, row, stop)[0]
         reach //= 2
     return None
 
 
 def _away(flow: Flow, stage: Numbers, stages: int) -> Numbers:
-    """How much time moves to the other side of a cut with each group; of the cut that is nearest."""
+    """Time that moves to the other side of a cut with each group; of the cut that is nearest."""
     above = reaching(flow.predecessors)
     result = np.full(len(stage), np.iinfo(np.int64).max)
     for k in range(1, stages):

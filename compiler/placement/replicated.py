@@ -22,6 +22,7 @@ from p2bw.compiler.placement.contract import Flow
 from p2bw.compiler.placement.ideals import Flags
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.lattice import Lattice
+from p2bw.compiler.placement.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ class Row:
     period: int
     place: tuple[int, ...]  # of each node
     replicas: tuple[int, ...]
+
+
+Ranks = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
 
 def columns(workers: int, most: int) -> Numbers:
@@ -68,9 +72,11 @@ class Search:
         self.rank = [np.argsort(order, axis=1).astype(np.int32).T.copy() for order in self.order]
         count = len(self.live)
         shape = (count, len(self.after))
-        self.best = [np.empty(shape, np.int32) for _ in self.order]
+        self.best: list[Ranks] = [np.empty(shape, np.int32) for _ in self.order]
         # The same, of ideals with more time than the ideal alone.
-        self.beyond = [np.empty(shape, np.int32) if self.strict else best for best in self.best]
+        self.beyond: list[Ranks] = [
+            np.empty(shape, np.int32) if self.strict else best for best in self.best
+        ]
 
     def least_workers(self, period: int) -> Numbers:
         """For what is outside each ideal; more than there are, if they are too few."""
@@ -86,24 +92,24 @@ class Search:
         for k in range(len(starts) - 3, 0, -1):
             level = slice(starts[k], starts[k + 1])
             taken = [self._take_over(k, t) for t in range(len(self.order))]
-            able = self.replicas >= needed[level, None]
+            able: Flags = self.replicas >= needed[level, None]
             reached = [beyond for _, beyond in taken]
             first = self._first(level, reached, able, period, least, needed)
             found = np.append(self.total, none)[first]
             found[found + before[level] > self.workers] = none
             least[level] = found
             own = able & (self.after == found[:, None])
-            for t, (best, beyond) in enumerate(taken):
+            for t, (above, beyond) in enumerate(taken):
                 self.beyond[t][level] = beyond
                 mine = np.where(own, self.rank[t][level, self.column], count)
-                np.minimum(best, mine, out=self.best[t][level])
+                np.minimum(above, mine, out=self.best[t][level])
         for choice in range(len(self.total)):
             if len(self._ends(0, choice, period, least, needed)):
                 least[0] = self.total[choice]
                 break
         return least
 
-    def _take_over(self, k: int, t: int) -> tuple[Numbers, Numbers]:
+    def _take_over(self, k: int, t: int) -> tuple[Ranks, Ranks]:
         """What each ideal of a level takes over: the best rank of all, and of those with more time.
 
         By column; the same but where stages could be idle.
@@ -127,7 +133,7 @@ class Search:
     def _first(
         self,
         level: slice,
-        reached: list[Numbers],
+        reached: list[Ranks],
         able: Flags,
         period: int,
         least: Numbers,
@@ -154,7 +160,7 @@ class Search:
         sure |= small & (self.weight[self.column, smallest] - weight <= square)
         first = _first_true(sure)
         for row, maybe in enumerate(fits & small & ~sure):
-            for choice in np.flatnonzero(maybe[: first[row]]):
+            for choice in np.flatnonzero(maybe[: first[row]]).tolist():
                 if len(self._ends(level.start + row, choice, period, least, needed)):
                     first[row] = choice
                     break
@@ -188,9 +194,9 @@ class Search:
         ideal, full = 0, len(self.live) - 1
         stages = np.zeros(self.lattice.members.shape[1], np.int64)
         replicas: list[int] = []
-        busiest = 0
+        busiest = 1
         while ideal != full:
-            for choice in np.flatnonzero(self.total == least[ideal]):
+            for choice in np.flatnonzero(self.total == least[ideal]).tolist():
                 r = int(self.replicas[choice])
                 if r >= needed[ideal]:
                     ends = self._ends(ideal, choice, period, least, needed)
@@ -213,18 +219,24 @@ def _first_true(flags: Flags) -> Numbers:
     return result
 
 
-def minimise(search: Search, low: int, row: Row | None) -> Row | None:
-    """The least period, and on the fewest workers; none is below `low`, or wanted above `row`'s."""
+def minimise(search: Search, low: int, row: Row | None, stop: Stop) -> tuple[Row | None, int]:
+    """The least period, on the fewest workers, and a period below which none is.
+
+    None is below `low`, and only what is better than `row` is looked for. The two periods differ
+    if it had to stop; without a placement there is none, or it had to stop.
+    """
     if row is None:
         row = search.row(search.longest)
         if row is None:
-            return None
+            return None, low
     best, nearly = row, True
-    while low < best.period:
+    while low < best.period and not stop():
         period = best.period - 1 if nearly else (low + best.period) // 2
         better = search.row(period)
         if better is None:
             low, nearly = period + 1, True
         else:
             best, nearly = better, not nearly
-    return search.row(best.period) if best is row else best
+    if best is row and not stop():
+        best = search.row(best.period) or best
+    return best, low

@@ -24,7 +24,8 @@ from p2bw.compiler.placement import solve_fixed
 from p2bw.compiler.placement.contract import components
 from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate
 from p2bw.compiler.placement.instance import PS, make_instance
-from p2bw.compiler.placement.loads import LoadProblem, judge_loads
+from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer, judge_loads
+from p2bw.compiler.placement.profile import ProfileProblem, judge_profile
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.readers import read_any
 from p2bw.compiler.solve import solve_file
@@ -154,7 +155,7 @@ def problem_of(path: Path, factory: str, microbatch: int, cluster: str) -> Place
         return read_problem(Path(folder, "problem.json"))
 
 
-# Published problems: LoadProblem
+# Published problems: LoadProblem, ProfileProblem
 
 
 def graph_of_nodes(problem: LoadProblem, parts: int) -> tuple[Graph, list[int]]:
@@ -185,13 +186,33 @@ def graph_of_nodes(problem: LoadProblem, parts: int) -> tuple[Graph, list[int]]:
     return graph, layer_of
 
 
-def compare_nodes(path: Path, problem: LoadProblem, stages: int | None) -> Row:
-    ours = solve_file(path, stages=stages)
-    parts = stages or problem.devices or 1
-    graph, layer_of = graph_of_nodes(problem, parts)
+def as_loads(problem: ProfileProblem) -> LoadProblem:
+    """For the baselines: what they are told of a profile."""
+    return LoadProblem(
+        nodes=tuple(
+            Node(name=op.name, time=op.time, size=op.parameters + op.activation)
+            for op in problem.operators
+        ),
+        transfers=tuple(
+            Transfer((out.producer, *out.readers), 2 * out.bytes / problem.bandwidth)
+            for out in problem.outputs
+        ),
+        order=problem.order,
+        devices=1,
+        unit="s per minibatch",
+    )
+
+
+def compare_nodes(path: Path, problem: LoadProblem | ProfileProblem, stages: int | None) -> Row:
+    loads = problem if isinstance(problem, LoadProblem) else as_loads(problem)
+    parts = stages or loads.devices
+    ours = solve_file(path, stages=parts)
+    graph, layer_of = graph_of_nodes(loads, parts)
 
     def judged(place: Sequence[int]) -> tuple[float, bool]:
         placed = [place[layer] for layer in layer_of]
+        if isinstance(problem, ProfileProblem):
+            return judge_profile(problem, placed, (1,) * parts)[0], True
         found, devices = judge_loads(problem, placed, ("accelerator",) * parts)
         return found, all(device.memory <= problem.memory for device in devices)
 
@@ -215,7 +236,7 @@ def compare_files(files: Sequence[Path], stages: Sequence[int] | None) -> Iterat
     for path in files:
         say(path.name)
         problem = read_any(path)
-        if isinstance(problem, LoadProblem):
+        if isinstance(problem, LoadProblem | ProfileProblem):
             for parts in stages or (None,):
                 yield compare_nodes(path, problem, parts)
         else:
