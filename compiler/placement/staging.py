@@ -60,7 +60,7 @@ class Stager:
         self.open = (~members[:, tables.targets]).astype(np.float64)
         self.edges = [self._edges(sharding) for sharding in range(len(tables.shardings))]
         self.sums: dict[Shape, _Sums] = {}
-        self.known: dict[tuple[Shape, int, int], float] = {}  # no choice takes less
+        self.known: dict[tuple[Shape, bytes, int], int] = {}  # no choice adds less
 
     def _edges(self, sharding: int) -> _Edges:
         own = self.tables.shardings[sharding]
@@ -153,13 +153,19 @@ class Stager:
         return np.array([*settled], np.int64), np.array([*settled.values()], np.int64)
 
     def _exactly(self, shape: Shape, source: int, target: int, left: int) -> bool:
-        """Whether some choice of variants takes no longer than `left`."""
-        key = shape, source, target
-        if self.known.get(key, -1.0) > left:
+        """Whether some choice of variants takes no longer than `left`.
+
+        That depends on the nodes that have a choice, and on what these have to save.
+        """
+        sums = self._sum(shape)
+        inside = self.members[target] & ~self.members[source]
+        fastest = int(sums.fast_time[target] - sums.fast_time[source])
+        excess = int(sums.fast_size[target] - sums.fast_size[source]) - self.tables.capacity
+        key = shape, inside[sums.knapsack.step_node].tobytes(), excess
+        if self.known.get(key, 0) > left - fastest:
             return False
-        nodes = np.flatnonzero(self.members[target] & ~self.members[source]).tolist()
-        found = self._sum(shape).knapsack.fastest(nodes, left)
-        self.known[key] = left + 1 if found is None else found[0]
+        found = sums.knapsack.fastest(np.flatnonzero(inside).tolist(), left)
+        self.known[key] = (left + 1 if found is None else found[0]) - fastest
         return found is not None
 
     def choose(self, shape: Shape, source: int, target: int) -> tuple[int, dict[int, int]]:
