@@ -188,6 +188,17 @@ def test_equal_layers_are_no_harder():
     )
 
 
+def test_sums_that_come_near_to_each_other_end():
+    """What a node saves is what it costs: 2**40 choices, and no bound tells them apart."""
+    random = np.random.default_rng(1)
+    held = random.integers(1, 10**12, 40).tolist()
+    layers = [staircase([Option(0, size, 0), Option(size, 0, 1)]) for size in held]
+    found = Knapsack(layers, sum(held) // 3).fastest(range(40), 2**52)
+    assert found is not None
+    least = sum(held) - sum(held) // 3
+    assert least <= found[0] <= least * (1 + 1e-6)
+
+
 CHAIN = {
     "maxDevices": 2,
     "maxMemoryPerDevice": 100.0,

@@ -21,6 +21,7 @@ import numpy as np
 
 from p2bw.compiler.placement.ideals import Family, make_family
 from p2bw.compiler.placement.instance import Numbers
+from p2bw.compiler.placement.knapsack import StoppedError
 from p2bw.compiler.placement.sharding import AMPLE, Tables, tabulate
 from p2bw.compiler.placement.staging import Shape, Stager
 from p2bw.compiler.placement.stop import Stop
@@ -125,17 +126,13 @@ def _refusal(problem: VariantProblem, tables: Tables, family: Family) -> Excepti
     )
 
 
-class _StoppedError(Exception):
-    """A search had to end."""
-
-
 class _Search:
     """Plans along the ideals of a family."""
 
     def __init__(self, problem: VariantProblem, tables: Tables, family: Family, stop: Stop) -> None:
         self.problem, self.tables, self.stop = problem, tables, stop
         self.members = members = family.members
-        self.stager = Stager(tables, family)
+        self.stager = Stager(tables, family, stop)
         crossing = self.stager.started * self.stager.open
         done, held = members @ tables.work, members @ tables.room
         self.before = done + crossing @ tables.sent
@@ -160,7 +157,7 @@ class _Search:
                     middle = (low + math.floor(best.busiest)) // 2
                     better = self.plan_below(Fraction(middle))
                     low, best = (low, better) if better else (middle, best)
-        except _StoppedError:
+        except StoppedError:
             return best, low
         return best, None
 
@@ -207,7 +204,7 @@ class _Search:
         soon = np.full((2, len(self.members)), AMPLE)  # a use that will be settled
         while queue:
             if self.stop():
-                raise _StoppedError
+                raise StoppedError
             use = heapq.heappop(queue)
             rows = [last] if use == everything else self._accept(use, reached, settled, fewest)
             if 0 in rows:

@@ -7,7 +7,7 @@ once the last step is taken whole. Branching on that last step's node closes wha
 Times and sizes are whole numbers, exact in floats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,12 @@ from p2bw.compiler.placement.ideals import Flags, Floats
 from p2bw.compiler.placement.instance import Numbers
 
 SLACK = 4  # steps of time: more than floats can be off by where they bound
+MANY = 20_000  # choices of some nodes: from here on, what is as good but for
+CLOSE = 1e-7  # of its time counts as no better: sums can come arbitrarily near to each other
+
+
+class StoppedError(Exception):
+    """A search had to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,9 @@ class Knapsack:
             above = np.minimum(above, before + times[row, last] - returned)
         return Bounds(np.floor(below) - SLACK, above)
 
-    def fastest(self, nodes: Sequence[int], limit: float) -> tuple[int, tuple[int, ...]] | None:
+    def fastest(
+        self, nodes: Sequence[int], limit: float, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[int, tuple[int, ...]] | None:
         """The least time of these nodes, at most `limit`, and the place of each one's variant.
 
         Node by node, the choices so far that none beats in time and size, and whose relaxation is
@@ -125,13 +133,19 @@ class Knapsack:
         came: list[tuple[Numbers, Numbers]] = []  # the choice before, and the node's option
         best = limit
         for v in rest.order:
+            if stop():
+                raise StoppedError
             more_time, more_size = self.steps[v]
             rest.drop(v)
             now_time = (time[:, None] + more_time).ravel()
             now_size = (size[:, None] + more_size).ravel()
             below, above = rest.bounds(now_size - self.capacity)
-            best = min(best, (now_time + above).min())
-            kept = np.flatnonzero(now_time + below - SLACK <= best)
+            leader = (now_time + above).argmin()
+            best = min(best, float((now_time + above)[leader]))
+            margin = -SLACK if len(now_time) < MANY else best * CLOSE
+            good = now_time + below <= best - margin
+            good[leader] |= (now_time + above)[leader] <= limit
+            kept = np.flatnonzero(good)
             kept = kept[np.lexsort((now_time[kept], now_size[kept]))]
             least = np.minimum.accumulate(now_time[kept])
             kept = kept[np.diff(least, prepend=np.inf) < 0]

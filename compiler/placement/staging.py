@@ -9,6 +9,7 @@ from p2bw.compiler.placement.ideals import Family, Floats
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.knapsack import Knapsack, staircase
 from p2bw.compiler.placement.sharding import AMPLE, Tables
+from p2bw.compiler.placement.stop import Stop
 
 PAIRS = 1 << 20  # ideals x ideals looked at in one go
 ROWS = 1 << 12  # knapsacks relaxed in one go
@@ -50,8 +51,8 @@ class _Edges:
 class Stager:
     """Prices of stages along a family of ideals."""
 
-    def __init__(self, tables: Tables, family: Family) -> None:
-        self.tables = tables
+    def __init__(self, tables: Tables, family: Family, stop: Stop) -> None:
+        self.tables, self.stop = tables, stop
         self.members = members = family.members
         self.size = members.sum(axis=1)
         self.inside = members.astype(np.float32)
@@ -164,7 +165,7 @@ class Stager:
         key = shape, inside[sums.knapsack.step_node].tobytes(), excess
         if self.known.get(key, 0) > left - fastest:
             return False
-        found = sums.knapsack.fastest(np.flatnonzero(inside).tolist(), left)
+        found = sums.knapsack.fastest(np.flatnonzero(inside).tolist(), left, self.stop)
         self.known[key] = (left + 1 if found is None else found[0]) - fastest
         return found is not None
 
