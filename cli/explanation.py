@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -15,6 +16,8 @@ from p2bw.tables import console
 if TYPE_CHECKING:
     from p2bw.compiler.placement.explain import Explanation, LinkSlack, Move
 
+WIDTH = 100  # of the tables
+MOST_BINDING = 4  # of a kind
 MOST_LINKS = 8
 MOST_MOVES = 16
 
@@ -22,6 +25,7 @@ MOST_MOVES = 16
 def print_explanation(found: Explanation) -> None:
     """The limits that bind, everyone's slack, moves next to the cuts, and marginal values."""
     out = console()
+    width = min(out.width, WIDTH)
     proof = "proven optimal" if found.status == "optimal" else "not proven optimal"
     out.print(
         escape(
@@ -29,16 +33,14 @@ def print_explanation(found: Explanation) -> None:
             f"{found.microbatch}: {found.samples_per_s:.4g} samples/s, {proof}"
         )
     )
-    for i, limit in enumerate(found.binding):
-        out.print(
-            escape(f"{'binds' if i == 0 else '':12}{limit.what}: {limit.why}"), soft_wrap=True
-        )
-    out.print(_stages(found))
+    for i, line in enumerate(_binding(found)):
+        out.print(escape(f"{'binds' if i == 0 else '':12}{line}"), soft_wrap=True)
+    out.print(_stages(found), width=width)
     if found.links:
-        out.print(_links(found.links))
+        out.print(_links(found.links), width=width)
     if found.moves:
         shown = _shown(found)
-        out.print(_moves(shown))
+        out.print(_moves(shown), width=width)
         if len(shown) < len(found.moves):
             out.print(f"The best of {len(found.moves)} moves; --json has all.")
     if found.best_samples_per_s > found.samples_per_s:
@@ -48,9 +50,20 @@ def print_explanation(found: Explanation) -> None:
             f"{found.best_samples_per_s:.4g} samples/s; what follows is compared with that"
         )
     if found.gains:
-        out.print(_gains(found))
+        out.print(_gains(found), width=width)
     if found.stopped:
         out.print(f"stopped     by {found.stopped}: not all was solved again")
+
+
+def _binding(found: Explanation) -> Iterator[str]:
+    """A line for each limit; of many of one kind, the first."""
+    for kind, some in groupby(found.binding, lambda limit: limit.kind):
+        limits = list(some)
+        for limit in limits[:MOST_BINDING]:
+            yield f"{limit.what}: {limit.why}"
+        if len(limits) > MOST_BINDING:
+            where = "stages" if kind == "compute" else "links"
+            yield f"and {len(limits) - MOST_BINDING} other {where} that are as busy"
 
 
 def _table(*columns: str, words: Sequence[str]) -> Table:

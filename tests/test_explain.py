@@ -16,8 +16,8 @@ from p2bw.compiler.placement.cures import Request, with_memory
 from p2bw.compiler.placement.explain import explain, place
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
-from p2bw.compiler.problem import TensorCost
-from p2bw.compiler.topology import Wire
+from p2bw.compiler.problem import TensorCost, Times
+from p2bw.compiler.topology import Others, Wire
 from p2bw.runtime.errors import InputFileError, MismatchError, UsageError
 
 MODEL = """
@@ -108,14 +108,23 @@ def test_memory_binds_where_the_plan_would_be_faster_without_its_limit():
     assert memory[0].what == "memory of stage 0"
     assert "50.0 % more" in memory[0].why
     move = next(m for m in found.moves if m.blocks == "b1")
-    # Weights twice, gradients and optimizer state of both, what is in flight, the buffers.
-    assert move.memory == (2 * 5 + 2 * 10 + 1 + 2, 2 * 200 + 2 * 20 + 2)
-    assert move.problems == ("stage 0 needs 442 of 300",)
-    assert move.period_s == 6.0
+    # Weights twice, gradients and optimizer state of both, the stash, the buffers; stage 0 would
+    # recompute, as that is nearer to fitting.
+    assert move.memory == (2 * 5 + 2 * 10 + 1 + 2, 2 * 200 + 2 * 10 + 2)
+    assert move.problems == ("stage 0 needs 422 of 300",)
+    assert move.period_s == 8.0
     gains = {gain.what: gain for gain in found.gains}
     more = gains["1 GiB more memory on each toy"]
     assert more.status == "optimal"
     assert (more.samples_per_s, more.gain) == pytest.approx((1 / 6, 1 / 6 - 1 / 9))
+
+
+def test_a_stage_that_fits_neither_way_is_told_of_the_way_that_needs_less():
+    # Stage 0 has to recompute its three blocks, stage 1 has not; neither can take a fourth.
+    found = explained(chain([1.0] * 6, memory=34), 2, 1)
+    assert [(s.recompute, s.memory) for s in found.stages] == [(True, 32), (False, 33)]
+    problems = {move.target: move.problems for move in found.moves}
+    assert problems == {1: ("stage 1 needs 43 of 34",), 0: ("stage 0 needs 42 of 34",)}
 
 
 def test_memory_does_not_bind_where_it_only_holds_what_is_slower():
@@ -153,6 +162,27 @@ def test_every_gain_is_that_of_solving_the_changed_problem():
     again = solve({1: problem.model_copy(update={"topology": larger})})
     assert found.gains[0].samples_per_s == again.samples_per_s
     assert again.samples_per_s > found.samples_per_s
+
+
+def test_devices_that_differ_are_explained_too():
+    small = replace(topology(1, 120).device, name="tiny")
+    times = {"tiny": Times(forward_s=2.0, backward_s=4.0)}
+    problem = chain([1.0] * 4, gpus=3)
+    problem = problem.model_copy(
+        update={
+            "blocks": tuple(b.model_copy(update={"on": times}) for b in problem.blocks),
+            "topology": replace(problem.topology, more=(Others(device=small, gpus=1),)),
+        }
+    )
+    found = explained(problem, 2, 1)
+    assert {stage.limit for stage in found.stages} == {10**6}  # the slow one is left out
+    assert [gain.what for gain in found.gains] == [
+        "1 GiB more memory on each toy",
+        "1 GiB more memory on each tiny",
+        "1 GB/s more than 1e-06 on each port of level node",
+        "1 toy more",
+    ]
+    assert all(gain.gain >= 0 for gain in found.gains)
 
 
 def test_links_that_are_wires_are_widened_by_their_speed():

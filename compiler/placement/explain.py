@@ -193,7 +193,18 @@ def _stage_of_group(instance: Instance, stage_of_block: Mapping[str, int]) -> tu
 def _judged(
     instance: Instance, shape: Shape, stages: tuple[int, ...], recompute: Recompute
 ) -> Evaluation:
-    return judge(instance, shape, stages, recompute).evaluation
+    """Its numbers; where a stage fits neither way, those of the way that needs less memory."""
+    judged = judge(instance, shape, stages, recompute)
+    found = judged.evaluation
+    over = [stage.total > stage.limit for stage in found.stages]
+    if recompute == "auto" and any(over):
+        other = evaluate(instance, shape, stages, over, judged.relayed)
+        again = [
+            chosen or b.total < a.total
+            for chosen, a, b in zip(judged.recompute, found.stages, other.stages, strict=True)
+        ]
+        found = evaluate(instance, shape, stages, again, judged.relayed)
+    return found
 
 
 def _busiest(now: Evaluation) -> list[Binding]:
