@@ -1,6 +1,6 @@
 """Candidates: every shape at every microbatch size, with a bound on what it can reach."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from p2bw.compiler.placement.coarsen import Sets, coarsen, merged
 from p2bw.compiler.placement.dp import Recompute, StepCosts, least_by_depth, step_costs
-from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Layout, Shape, ring_bytes
+from p2bw.compiler.placement.evaluate import LAYOUTS, MIN_PERIOD_S, Shape, ring_bytes
 from p2bw.compiler.placement.ideals import (
     MAX_IDEALS,
     Family,
@@ -22,6 +22,9 @@ from p2bw.compiler.topology import MAX_GPUS
 from p2bw.runtime.errors import InfeasibleError, UsageError
 
 DIRECT = 200  # ideals up to which all is solved at once, without a coarse model
+
+
+MAX_GRID = 128  # devices up to which layouts are tried in which a node holds part of both
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +161,11 @@ def make_shapes(
     if problem.schedule == "2bw":
         most = min(most, problem.microbatches or most)
     return [
-        Shape(depth, width, layout)
+        shape
         for depth in depths or range(1, most + 1)
         for width in widths or _widths(problem, depth)
         if depth * width <= gpus and depth <= min(instance.size, allowed)
-        for layout in _layouts(problem, depth, width)
+        for shape in _laid_out(problem, depth, width)
     ]
 
 
@@ -172,11 +175,31 @@ def _widths(problem: PlacementProblem, depth: int) -> Iterable[int]:
     return (most,) if problem.topology.uniform else range(1, most + 1)
 
 
-def _layouts(problem: PlacementProblem, depth: int, width: int) -> Sequence[Layout]:
-    if not problem.topology.uniform:
-        return ("any",)
-    # Where it makes no difference, only the first.
-    return LAYOUTS[: 1 + (depth > 1 and width > 1 and problem.topology.tiers > 1)]
+def _laid_out(problem: PlacementProblem, depth: int, width: int) -> Iterator[Shape]:
+    """The layouts of a shape: where devices or links differ, all of them at once."""
+    topology = problem.topology
+    if not topology.uniform:
+        yield Shape(depth, width, "any")
+        return
+    yield Shape(depth, width, "stage-major")
+    if depth > 1 and width > 1 and topology.tiers > 1:  # elsewhere it makes no difference
+        yield Shape(depth, width, "pipeline-major")
+        if topology.gpus <= MAX_GRID:
+            yield from _grids(depth, width, topology.levels[0].size)
+
+
+def _grids(depth: int, width: int, node: int) -> Iterator[Shape]:
+    """Nodes that hold some stages of some replicas, and not all of one or the other."""
+    for stages in range(2, min(node, depth)):
+        replicas = node // stages
+        if stages * replicas != node or replicas >= width or depth % stages or width % replicas:
+            continue
+
+        def rank(k: int, r: int, a: int = stages, b: int = replicas) -> int:
+            return ((k // a * (width // b) + r // b) * a + k % a) * b + r % b
+
+        ranks = tuple(tuple(rank(k, r) for r in range(width)) for k in range(depth))
+        yield Shape(depth, width, "listed", ranks)
 
 
 def _check(
