@@ -90,8 +90,9 @@ class StepCosts:
         if self.uplinks and self.uplinks[k]:
             m = instance.problem.microbatches_at(shape.depth)
             ring = ring_bytes(1, shape.width, m) * self.steps.gradients
+            exchange = ring_bytes(1, 2, m) * self.steps.exchanged
             for uplink in self.uplinks[k]:
-                np.maximum(cost, uplink.seconds(self.steps, ring), out=cost)
+                np.maximum(cost, uplink.seconds(self.steps, ring, exchange), out=cost)
         return cost
 
 

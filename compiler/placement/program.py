@@ -8,12 +8,13 @@
     r[k] = 1                                          stage k recomputes its forward
     minimise T >= compute[k], T >= load of every port, memory[k] <= limit
 
-Loads are rounded down, and the exchange of tied parameters is counted as between two stages and
-not at all on networks, so that the optimum is a lower bound; `evaluate` says what it is worth.
+Loads are rounded down, and the exchange of tied parameters is counted as between two stages, on
+networks only where it cannot but pass, so that the optimum is a lower bound; `evaluate` says what
+it is worth.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, permutations, product
 from typing import Any
 
@@ -206,6 +207,9 @@ class Model:
                 if port[0] != 0:
                     counts = loads.setdefault(port, defaultdict(int))
                     counts[j, k] += 1
+        for k, port in self._alone():
+            if port in loads:
+                loads[port][k, -1] += 1
         different = {
             (tuple(sorted(counts.items())), network.bandwidth(port))
             for port, counts in loads.items()
@@ -215,9 +219,24 @@ class Model:
             for (j, k), count in counted:
                 if j == k:
                     self._ring(load, k, count / bandwidth)
+                elif k < 0:
+                    self._exchange(load, j, bandwidth / count)
                 else:
                     self._flow(load, j, k, count / bandwidth)
             self._busy(load)
+
+    def _alone(self) -> Iterator[tuple[int, Port]]:
+        """For each replica of a stage, the ports that all it exchanges with other stages passes."""
+        shape, network = self.shape, self.instance.network
+        for k, r in product(range(shape.depth), range(shape.width)):
+            own = shape.rank(k, r)
+            routes = [
+                set(network.route(own, shape.rank(j, r))) for j in range(shape.depth) if j != k
+            ]
+            for level, number, way in set.intersection(*routes) if routes else ():
+                if level != 0:
+                    yield k, (level, number, way)
+                    yield k, (level, number, 1 - way)
 
     def _flow(self, load: Sum, source: int, target: int, s_per_byte: float) -> None:
         """Add what stage `source` sends to stage `target`: tensors forward, gradients back."""

@@ -1,6 +1,6 @@
 """Uplinks: what a stage puts on the ports that several devices share, at least."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -13,29 +13,31 @@ from p2bw.compiler.placement.ideals import Flags, Floats, Steps
 from p2bw.compiler.placement.instance import Instance
 from p2bw.compiler.problem import PlacementProblem
 
-Crossings = tuple[int, int, int]
+Crossings = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Uplink:
     """The port of a group of ranks that holds replicas of a stage.
 
-    `up`, `down`, `around`: of how many replicas the next stage, the previous one, and the next
-    replica lie outside the group. `least_out` and `least_into`: bytes that the group's other stages
-    send through the port, at least.
+    `up`, `down`, `around`, `alone`: of how many replicas the next stage, the previous one, the next
+    replica, and all other stages lie outside the group. `least_out` and `least_into`: bytes that
+    the group's other stages send through the port, at least.
     """
 
     up: int
     down: int
     around: int
+    alone: int
     bandwidth: float
     least_out: float
     least_into: float
 
-    def seconds(self, steps: Steps, ring: Floats) -> Floats:
+    def seconds(self, steps: Steps, ring: Floats, exchange: Floats) -> Floats:
         """What each step, as the stage, makes of the port's time."""
-        out = self.up * steps.sent + self.down * steps.received_gradient + self.around * ring
-        into = self.down * steps.received + self.up * steps.sent_gradient + self.around * ring
+        both = self.around * ring + self.alone * exchange
+        out = self.up * steps.sent + self.down * steps.received_gradient + both
+        into = self.down * steps.received + self.up * steps.sent_gradient + both
         result: Floats = np.maximum(out + self.least_out, into + self.least_into) / self.bandwidth
         return result
 
@@ -52,17 +54,18 @@ def make_uplinks(
     columns = np.stack(
         [steps.sent, steps.received_gradient, ring, steps.received, steps.sent_gradient]
     )
+    # What tied parameters exchange is zero for most steps: the others' least leaves it out.
     least = []
     for k in range(shape.depth):
         some = columns[:, possible(k)]
         least.append(some.min(axis=1) if some.size else np.zeros(5))
     found: list[set[Uplink]] = [set() for _ in range(shape.depth)]
     for bandwidth, members in ports:
-        for k, (up, down, around) in members.items():
+        for k, (up, down, around, alone) in members.items():
             others = [(c, least[i]) for i, c in members.items() if i != k]
             out = sum(c[0] * size[0] + c[1] * size[1] + c[2] * size[2] for c, size in others)
             into = sum(c[1] * size[3] + c[0] * size[4] + c[2] * size[2] for c, size in others)
-            found[k].add(Uplink(up, down, around, bandwidth, float(out), float(into)))
+            found[k].add(Uplink(up, down, around, alone, bandwidth, float(out), float(into)))
     return tuple(tuple(sorted(ports)) for ports in found)
 
 
@@ -81,21 +84,25 @@ def _shared_ports(instance: Instance, shape: Shape) -> Iterator[tuple[float, dic
 
 def _listed_crossings(instance: Instance, shape: Shape) -> dict[Port, dict[int, Crossings]]:
     """By port and stage: of how many replicas what goes to any later stage, to any earlier stage,
-    and to the next replica, passes it.
+    to the next replica, and to any other stage, passes it.
     """
     route = instance.network.route
-    found: dict[Port, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0, 0]))
+    found: dict[Port, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0] * 5))
     for k, replica in product(range(shape.depth), range(shape.width)):
         own = shape.rank(k, replica)
-        for kind, stages in enumerate((range(k + 1, shape.depth), range(k))):
-            routes = [set(route(own, shape.rank(other, replica))) for other in stages]
-            for port in set.intersection(*routes) if routes else ():
+        routes = [set(route(own, shape.rank(other, replica))) for other in range(shape.depth)]
+        for kind, some in (
+            (0, routes[k + 1 :]),
+            (1, routes[:k]),
+            (4, routes[:k] + routes[k + 1 :]),
+        ):
+            for port in set.intersection(*some) if some else ():
                 found[port][k][kind] += 1
         for port in route(own, shape.rank(k, (replica + 1) % shape.width)):
             found[port][k][2] += 1
             found[_reverse(port)][k][3] += 1
     return {
-        port: {k: (c[0], c[1], min(c[2:])) for k, c in members.items()}
+        port: {k: (c[0], c[1], min(c[2:4]), c[4]) for k, c in members.items()}
         for port, members in found.items()
     }
 
@@ -108,25 +115,28 @@ def _reverse(port: Port) -> Port:
 def crossings(
     problem: PlacementProblem, shape: Shape, level: int
 ) -> dict[int, dict[int, Crossings]]:
-    """By group of ranks and stage: replicas with their next, previous, ring neighbour outside.
+    """By group of ranks and stage: replicas with next, previous, ring neighbour, all outside.
 
     Ranks grow with the stage, so that what goes beyond the next stage leaves a group wherever the
     next stage is outside.
     """
     topology = problem.topology
-    found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0]))
-    for k in range(shape.depth):
-        for replica in range(shape.width):
-            own = topology.unit(shape.rank(k, replica), level)
+    found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0] * 4))
+    for replica in range(shape.width):
+        units = [topology.unit(shape.rank(k, replica), level) for k in range(shape.depth)]
+        count = Counter(units)
+        for k, own in enumerate(units):
+            following = shape.rank(k, (replica + 1) % shape.width)
             peers = (
-                (min(k + 1, shape.depth - 1), replica),
-                (max(k - 1, 0), replica),
-                (k, (replica + 1) % shape.width),
+                units[min(k + 1, shape.depth - 1)],
+                units[max(k - 1, 0)],
+                topology.unit(following, level),
             )
             for kind, peer in enumerate(peers):
-                found[own][k][kind] += topology.unit(shape.rank(*peer), level) != own
+                found[own][k][kind] += peer != own
+            found[own][k][3] += count[own] == 1 and shape.depth > 1
     return {
-        own: {k: (c[0], c[1], c[2]) for k, c in members.items()}
+        own: {k: (c[0], c[1], c[2], c[3]) for k, c in members.items()}
         for own, members in found.items()
         if any(any(c) for c in members.values())
     }
