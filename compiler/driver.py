@@ -236,7 +236,12 @@ def _place(
     """Search what is not given; judge the winner on a trace at its own microbatch size."""
 
     def solved(
-        problems: Problems, b: int | None, d: int | None, w: int | None, limits: Limits
+        problems: Problems,
+        b: int | None,
+        d: int | None,
+        w: int | None,
+        limits: Limits,
+        start: Placement | None = None,
     ) -> Placement:
         with compiler.phase("solve"), limits.stop:
             compiler.say("placing the stages")
@@ -248,6 +253,7 @@ def _place(
                 recompute=recompute,
                 limits=limits,
                 progress=lambda p: compiler.say(str(p)),
+                start=start,
             )
 
     if microbatch is not None:
@@ -257,10 +263,17 @@ def _place(
     if found.microbatch in compiler.problems:
         return found
     exact = compiler.problem(found.microbatch)
-    # Once it had to stop, the dynamic program alone places the exact problem.
+    # Once it had to stop, the dynamic program alone competes with what was found.
     stopped = stop()
     limits = Limits(deterministic_s=0.0) if stopped else Limits(stop=stop)
-    final = solved({found.microbatch: exact}, None, found.depth, found.width, limits)
+    final = solved(
+        {found.microbatch: exact},
+        None,
+        found.depth,
+        found.width,
+        limits,
+        found if stopped else None,
+    )
     space = found.search_space
     if stop() and not stopped and final.status != "optimal":
         space += f"; stopped by {stop.reason}"

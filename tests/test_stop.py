@@ -14,7 +14,7 @@ from p2bw.compiler.placement import Limits, solve
 from p2bw.compiler.placement.additive import solve_loads
 from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer
 from p2bw.compiler.placement.stop import Interrupted, Stop
-from p2bw.compiler.problem import BlockCost, PlacementProblem, TensorCost
+from p2bw.compiler.problem import BlockCost, PlacementProblem, TensorCost, read_problem
 from p2bw.runtime.errors import TimeLimitError
 
 # Fifteen branches of different widths: too many cuts to list, so CP-SAT has to settle it.
@@ -218,6 +218,34 @@ def test_what_is_left_open_keeps_its_bound():
     assert found.bound >= free.samples_per_s
     assert found.samples_per_s <= free.samples_per_s
     assert (found.status == "optimal") == ("stopped" not in found.search_space)
+
+
+def test_a_start_is_kept_unless_something_is_better(hard):
+    problem = read_problem(hard)
+    quick = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=0.0))
+    good = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=0.4))
+    assert good.samples_per_s > quick.samples_per_s
+    again = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=0.0), start=good)
+    assert again.samples_per_s == good.samples_per_s
+    assert again.stage_of_block == good.stage_of_block
+    worse = solve({1: chain([1.0, 1.0, 4.0], gpus=2)}, depths=(2,), widths=(1,))
+    other = chain([1.0, 4.0, 1.0], gpus=2)
+    assert solve({1: other}, depths=(2,), widths=(1,), start=worse).samples_per_s == 1 / 15
+    full = other.model_copy(update={"topology": topology(2, 23)})
+    assert solve({1: full}, depths=(2,), widths=(1,), start=worse).status == "optimal"
+
+
+def test_the_limit_counts_only_the_search():
+    stop = Stop(0.2)
+    with stop:
+        assert not stop()
+    time.sleep(0.3)
+    assert not stop()
+    with stop:
+        assert not stop()
+        time.sleep(0.3)
+        assert stop()
+    assert stop()
 
 
 def test_a_row_of_devices_keeps_what_it_has_too():

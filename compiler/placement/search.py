@@ -41,12 +41,14 @@ def solve(
     recompute: Recompute = "auto",
     limits: Limits | None = None,
     progress: OnProgress | None = None,
+    start: Placement | None = None,
 ) -> Placement:
     """The placement with the most samples per second, and how near to the best it is proven to be.
 
     `problems` gives the problem at each microbatch size; without `microbatches`, all of a mapping's
     or the powers of two. Without `depths`, every depth; without `widths`, as many replicas as the
-    devices allow. InfeasibleError if nothing fits; TimeLimitError if that could not be settled.
+    devices allow. `start`, a placement of the same blocks, is taken if nothing better is found.
+    InfeasibleError if nothing fits; TimeLimitError if that could not be settled.
     """
     limits = limits or Limits()
     if microbatches is None:
@@ -61,6 +63,8 @@ def solve(
     except InfeasibleError as error:
         reason = str(error)
     else:
+        if start is not None:
+            search.offer_start(start)
         if search.best is not None:
             return search.placement()
         if search.open():
@@ -275,6 +279,19 @@ class Search:
         rate = candidate.rate(evaluation.busiest_s)
         if rate > self.rate * (1 + TOLERANCE):
             self.best, self.rate = candidate, rate
+
+    def offer_start(self, start: Placement) -> None:
+        """Take a placement of another problem of the same blocks, if it fits and is better."""
+        for candidate in self.candidates:
+            instance, shape = candidate.model.instance, candidate.shape
+            if instance.problem.microbatch == start.microbatch and (
+                (shape.depth, shape.width, shape.layout) == (start.depth, start.width, start.layout)
+            ):
+                names = [block.name for block in instance.problem.blocks]
+                stages = tuple(start.stage_of_block[names[own[0]]] for own in instance.groups)
+                if judge_candidate(candidate, stages).evaluation.feasible:
+                    self.offer(candidate, stages)
+                return
 
     def _close(self, candidate: Candidate, by: str) -> None:
         if candidate.bound <= self._enough:

@@ -23,9 +23,9 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """Asked often by a search: does it have to end now?
 
-    The limit counts from the first `with stop:`, or from the first question. With `on_interrupt`,
-    the first Ctrl-C within `with stop:` calls that and ends the search; a second one is Python's
-    own KeyboardInterrupt.
+    The limit is on the time within `with stop:`, or else from the first question on. With
+    `on_interrupt`, the first Ctrl-C within `with stop:` calls that and ends the search; a second
+    one is Python's own KeyboardInterrupt.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Stop:
         self.limit_s = limit_s
         self.interrupted = False
         self._on_interrupt = on_interrupt
+        self._left_s = limit_s or 0.0
         self._deadline: float | None = None
         self._previous: Any = None
 
@@ -41,7 +42,7 @@ class Stop:
         if self.interrupted or self.limit_s is None:
             return self.interrupted
         if self._deadline is None:
-            self._deadline = time.monotonic() + self.limit_s
+            self._deadline = time.monotonic() + self._left_s
         return time.monotonic() >= self._deadline
 
     @property
@@ -59,6 +60,7 @@ class Stop:
         )
 
     def __enter__(self) -> Self:
+        self._deadline = None
         self()  # the clock starts
         if self._on_interrupt is not None and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -70,6 +72,8 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._deadline is not None:
+            self._left_s, self._deadline = self._deadline - time.monotonic(), None
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
