@@ -5,14 +5,6 @@
 with s = how many accelerators and CPUs stand before J. Ideals are taken by size, so each pair is
 priced once for all s. Against a placement already known, an ideal is dropped when what lies before
 it, or after it, is too much for the devices on that side; that leaves few.
-
-A tensor over the groups V is cut by J - I iff 0 < |V & (J - I)| < |V|. With n(I) = |V & I|,
-
-    cut = 1 - [n(I) = n(J)] - [n(I) = 0 and n(J) = |V|]
-        = 1 - [n(J) = 0] - [n(J) = 1] - [n(I) = |V|]
-            - [n(I) = 0] ([n(J) = |V|] - [n(J) = 1]) - sum of [n(I) = i] [n(J) = i], 1 < i < |V|
-
-is a matrix product of what is known of I and of J alone; sums of whole numbers, so exact.
 """
 
 import math
@@ -27,6 +19,7 @@ from p2bw.compiler.placement.contract import Loads, contract
 from p2bw.compiler.placement.ideals import Family, Flags, Floats, make_family
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.loads import Device, LoadProblem, judge_loads
+from p2bw.compiler.placement.prices import Leaps, Prices, blocks, crossing
 from p2bw.compiler.placement.stop import Stop
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
 
@@ -161,49 +154,6 @@ def _explain(problem: LoadProblem, devices: int) -> str:
     )
 
 
-class _Prices:
-    """Loads of the steps between ideals."""
-
-    def __init__(self, loads: Loads, members: Flags) -> None:
-        def sums(values: Numbers) -> Floats:
-            result: Floats = (members @ values).astype(np.float64)
-            return result
-
-        self.members = members.astype(np.float32)
-        self.missing = 1 - self.members
-        self.time, self.cpu_time = sums(loads.time), sums(loads.cpu_time)
-        self.size, self.unaccelerated = sums(loads.size), sums(loads.unaccelerated)
-        self.memory = loads.memory
-        self.charged = bool(loads.cuts)
-        if not self.charged:
-            return
-        cost = np.array([cost for _, cost in loads.cuts], np.float64)
-        inside = np.stack([members[:, ends].sum(axis=1) for ends, _ in loads.cuts], axis=1)
-        ends = np.array([len(ends) for ends, _ in loads.cuts])
-        self.late = (inside > 1) @ cost
-        self.all = (inside == ends) @ cost
-        before, after = [inside == 0], [((inside == ends) * 1.0 - (inside == 1)) * cost]
-        for count in range(2, int(ends.max())):
-            some = ends > count
-            before.append(inside[:, some] == count)
-            after.append((inside[:, some] == count) * cost[some])
-        self.before = np.concatenate(before, axis=1).astype(np.float64)
-        self.after = np.concatenate(after, axis=1)
-
-    def steps(self, source: Numbers, target: Numbers) -> tuple[Floats, Floats]:
-        """Loads of the steps from each source to each target, on an accelerator and on a CPU."""
-        outside = (self.members[source] @ self.missing[target].T) > 0
-        time = self.time[target] - self.time[source, None]
-        if self.charged:
-            time += self.late[target] - self.all[source, None]
-            time -= self.before[source] @ self.after[target].T
-        time[self.size[target] - self.size[source, None] > self.memory] = np.inf
-        time[self.unaccelerated[target] > self.unaccelerated[source, None]] = np.inf
-        cpu_time = self.cpu_time[target] - self.cpu_time[source, None]
-        time[outside] = cpu_time[outside] = np.inf
-        return time, cpu_time
-
-
 class _Stopped(Exception):
     """A sweep had to end before its end."""
 
@@ -217,16 +167,41 @@ def _sweep(
     members, open_ = family.members[kept], open_[kept]
     if not len(kept) or members[0].any() or not members[-1].all():
         return None
-    prices = _Prices(loads, members)
     best = np.full(open_.shape, np.inf)
     best[0, 0, 0] = 0.0
     came = np.zeros(open_.shape, np.int64)  # twice the ideal before, and 1 if by a CPU
+    leaps = Leaps(loads, members)
+    for block in blocks(loads, members):
+        if block.start:
+            for a, c in np.argwhere(open_[block].any(axis=0)).tolist():
+                now = best[block, a, c], came[block, a, c]
+                if a:
+                    leaps.reach(now, best[: block.start, a - 1, c], block, 0, upper)
+                if c:
+                    leaps.reach(now, best[: block.start, a, c - 1], block, 1, upper)
+            best[block][~open_[block] | (best[block] >= upper)] = np.inf
+        inner = Prices(loads, members[block])
+        _walk(inner, members[block], block.start, (best, came), open_[block], upper, stop)
+    return _backtrack(loads, members, best, came)
+
+
+def _walk(
+    prices: Prices,
+    members: Flags,
+    start: int,
+    found: tuple[Floats, Numbers],
+    open_: Flags,
+    upper: float,
+    stop: Stop | None,
+) -> None:
+    """Reach the ideals of a block, from number `start` on, from each other."""
+    best, came = found[0][start:], found[1][start:]
     for levels in _batches(members):
         if stop is not None and stop():
             raise _Stopped
         target = np.arange(levels[0], levels[-1])
         near = prices.time[: levels[-1]] > prices.time[target].min() - upper
-        if devices[1]:
+        if open_.shape[2] > 1:
             near |= prices.cpu_time[: levels[-1]] > prices.cpu_time[target].min() - upper
         near[: levels[0]] &= np.isfinite(best[: levels[0]]).any(axis=(1, 2))
         source = np.flatnonzero(near)
@@ -237,19 +212,18 @@ def _sweep(
             for a, c in np.argwhere(open_[first:last].any(axis=0)).tolist():
                 now = best[first:last, a, c], came[first:last, a, c]
                 if a:
-                    _relax(now, best[:, a - 1, c], source[rows], here[0], 0)
+                    _relax(now, best[:, a - 1, c], source[rows], here[0], start, 0)
                 if c:
-                    _relax(now, best[:, a, c - 1], source[rows], here[1], 1)
-            found = best[first:last]
-            found[~open_[first:last] | (found >= upper)] = np.inf
-    return _backtrack(loads, members, best, came)
+                    _relax(now, best[:, a, c - 1], source[rows], here[1], start, 1)
+            reached = best[first:last]
+            reached[~open_[first:last] | (reached >= upper)] = np.inf
 
 
 def _batches(members: Flags) -> Iterator[list[int]]:
-    """Where each size of ideal starts and the last ends, in batches; the empty ideal is in none."""
+    """Where each size of ideal starts and the last ends, in batches; the first size is in none."""
     count = members.sum(axis=1)
     starts = [*np.flatnonzero(np.diff(count, prepend=-1)).tolist(), len(members)]
-    levels = [starts[1]]
+    levels = starts[1:2]
     for start in starts[2:]:
         levels.append(start)
         if start - levels[0] >= BATCH or start == starts[-1]:
@@ -258,7 +232,12 @@ def _batches(members: Flags) -> Iterator[list[int]]:
 
 
 def _relax(
-    now: tuple[Floats, Numbers], earlier: Floats, source: Numbers, steps: Floats, by_cpu: int
+    now: tuple[Floats, Numbers],
+    earlier: Floats,
+    source: Numbers,
+    steps: Floats,
+    start: int,
+    by_cpu: int,
 ) -> None:
     """Reach ideals (views of their best and whence it came) from the sources by one more device."""
     reached = np.isfinite(earlier[source])
@@ -270,7 +249,7 @@ def _relax(
     found = busiest[choice, np.arange(len(choice))]
     better = found < now[0]
     now[0][better] = found[better]
-    now[1][better] = 2 * source[choice[better]] + by_cpu
+    now[1][better] = 2 * (start + source[choice[better]]) + by_cpu
 
 
 def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flags:
@@ -287,21 +266,12 @@ def _windows(loads: Loads, members: Flags, devices: State, upper: float) -> Flag
     cpu = upper * apt.max(initial=0.0) + free
     room = used[0] * upper + used[1] * cpu
     left = (devices[0] - used[0]) * upper + (devices[1] - used[1]) * cpu
-    paid = np.zeros(len(members)) if devices[1] else _crossing(loads, members)
+    paid = np.zeros(len(members)) if devices[1] else crossing(loads, members)
     before = members @ loads.time
     after = int(loads.time.sum()) - before
     fits: Flags = (before + paid)[:, None, None] <= room
     fits &= (after + paid)[:, None, None] <= left
     return fits
-
-
-def _crossing(loads: Loads, members: Flags) -> Floats:
-    """Cost of the tensors that some group inside an ideal and some outside take part in."""
-    total = np.zeros(len(members))
-    for ends, cost in loads.cuts:
-        inside = members[:, ends]
-        total += cost * (inside.any(axis=1) & ~inside.all(axis=1))
-    return total
 
 
 def _backtrack(loads: Loads, members: Flags, best: Floats, came: Numbers) -> _Row | None:
