@@ -13,6 +13,7 @@ from p2bw.compiler.placement.stop import Stop
 
 PAIRS = 1 << 20  # ideals x ideals looked at in one go
 ROWS = 1 << 12  # knapsacks relaxed in one go
+NONE = -1
 
 
 class Shape(NamedTuple):
@@ -91,70 +92,57 @@ class Stager:
 
         Loads are those of all replicas together.
         """
-        found: list[tuple[Numbers, Numbers]] = []
-        start = 0
-        while start < len(targets) and len(sources):
-            some = targets[start : start + max(1, PAIRS // len(sources))]
-            start += len(some)
-            here = self._some(shape, sources, some, cap)
-            sources = np.setdiff1d(sources, here[0], assume_unique=True)
-            found.append(here)
-        if not found:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+        found = np.full(len(sources), NONE)
+        most = max(1, PAIRS // max(1, len(sources)))
+        for start in range(0, len(targets), most):
+            left = np.flatnonzero(found == NONE)
+            if not len(left):
+                break
+            found[left] = self._some(shape, sources[left], targets[start : start + most], cap)
+        done = found != NONE
+        return sources[done], found[done]
 
-    def _some(
-        self, shape: Shape, sources: Numbers, targets: Numbers, cap: int
-    ) -> tuple[Numbers, Numbers]:
+    def _some(self, shape: Shape, sources: Numbers, targets: Numbers, cap: int) -> Numbers:
+        """A target for each source, or NONE."""
         sums, edges = self._sum(shape), self.edges[shape.sharding]
+        found = np.full(len(sources), NONE)
         row = sources[:, None]
         pairs = self.size[row] < self.size[targets]
-        pairs &= edges.missing[row] == edges.missing[targets]
         pairs &= sums.fast_time[targets] - sums.fast_time[row] <= cap
         pairs &= sums.least_size[targets] - sums.least_size[row] <= self.tables.capacity
-        if pairs.any():
-            pairs &= self.inside[sources] @ self.outside[targets].T == 0
+        pairs &= edges.missing[row] == edges.missing[targets]
+        if not pairs.any():
+            return found
+        pairs &= self.inside[sources] @ self.outside[targets].T == 0
         i, j = np.nonzero(pairs)
         source, target = sources[i], targets[j]
-        if not len(i):
-            return source, target
         moved = edges.entering[source] + edges.leaving[target]
         moved -= (edges.past[sources] @ self.open[targets].T)[i, j]
-        left = cap - moved  # for the variants
-        fits = sums.fast_time[target] - sums.fast_time[source] <= left
-        source, target, left = source[fits], target[fits], left[fits]
+        spare = cap - moved - (sums.fast_time[target] - sums.fast_time[source])
         excess = sums.fast_size[target] - sums.fast_size[source] - self.tables.capacity
-        sure = excess <= 0
-        sure |= sums.least_time[target] - sums.least_time[source] <= left
-        done = _first(source[sure], target[sure])
-        rest = ~sure & ~np.isin(source, done[0])
-        more = self._relaxed(shape, source[rest], target[rest], left[rest], excess[rest])
-        return np.concatenate([done[0], more[0]]), np.concatenate([done[1], more[1]])
+        slower = sums.least_time[target] - sums.least_time[source]
+        slower -= sums.fast_time[target] - sums.fast_time[source]
+        sure = (spare >= 0) & ((excess <= 0) | (slower <= spare))
+        below = np.zeros(len(i))
+        found[i[sure]] = target[sure]
+        rest = np.flatnonzero(~sure & (spare >= 0) & (found[i] == NONE))
+        for start in range(0, len(rest), ROWS):
+            some = rest[start : start + ROWS]
+            inside = self.members[target[some]] & ~self.members[source[some]]
+            bounds = sums.knapsack.bounds(inside, excess[some])
+            sure[some] = bounds.above <= spare[some]
+            below[some] = bounds.below
+        found[i[sure]] = target[sure]
+        perhaps = rest[~sure[rest] & (below[rest] <= spare[rest])]
+        for pair in perhaps[np.argsort((below - spare)[perhaps], kind="stable")].tolist():
+            if found[i[pair]] == NONE and self._exactly(
+                shape, int(source[pair]), int(target[pair]), int(spare[pair])
+            ):
+                found[i[pair]] = target[pair]
+        return found
 
-    def _relaxed(
-        self, shape: Shape, source: Numbers, target: Numbers, left: Floats, excess: Floats
-    ) -> tuple[Numbers, Numbers]:
-        """Of stages that exceed the memory with their fastest variants, one per source."""
-        sums = self._sum(shape)
-        spare = left - (sums.fast_time[target] - sums.fast_time[source])
-        below, above = np.empty(len(source)), np.empty(len(source))
-        for start in range(0, len(source), ROWS):
-            rows = slice(start, start + ROWS)
-            inside = self.members[target[rows]] & ~self.members[source[rows]]
-            bounds = sums.knapsack.bounds(inside, excess[rows])
-            below[rows], above[rows] = bounds.below, bounds.above
-        sure = above <= spare
-        done = _first(source[sure], target[sure])
-        settled: dict[int, int] = dict(zip(done[0].tolist(), done[1].tolist(), strict=True))
-        perhaps = np.flatnonzero(~sure & (below <= spare))
-        for pair in perhaps[np.argsort(below[perhaps] - spare[perhaps], kind="stable")].tolist():
-            ends = int(source[pair]), int(target[pair])
-            if ends[0] not in settled and self._exactly(shape, *ends, int(left[pair])):
-                settled[ends[0]] = ends[1]
-        return np.array([*settled], np.int64), np.array([*settled.values()], np.int64)
-
-    def _exactly(self, shape: Shape, source: int, target: int, left: int) -> bool:
-        """Whether some choice of variants takes no longer than `left`.
+    def _exactly(self, shape: Shape, source: int, target: int, spare: int) -> bool:
+        """Whether some choice of variants that fits adds no more than `spare` to the fastest.
 
         That depends on the nodes that have a choice, and on what these have to save.
         """
@@ -163,10 +151,11 @@ class Stager:
         fastest = int(sums.fast_time[target] - sums.fast_time[source])
         excess = int(sums.fast_size[target] - sums.fast_size[source]) - self.tables.capacity
         key = shape, inside[sums.knapsack.step_node].tobytes(), excess
-        if self.known.get(key, 0) > left - fastest:
+        if self.known.get(key, 0) > spare:
             return False
-        found = sums.knapsack.fastest(np.flatnonzero(inside).tolist(), left, self.stop)
-        self.known[key] = (left + 1 if found is None else found[0]) - fastest
+        nodes = np.flatnonzero(inside).tolist()
+        found = sums.knapsack.fastest(nodes, fastest + spare, self.stop)
+        self.known[key] = spare + 1 if found is None else found[0] - fastest
         return found is not None
 
     def choose(self, shape: Shape, source: int, target: int) -> tuple[int, dict[int, int]]:
@@ -189,9 +178,3 @@ class Stager:
             room -= first.size - now.size
             places[v] = first.place
         return found[0] + int(moved), places
-
-
-def _first(source: Numbers, target: Numbers) -> tuple[Numbers, Numbers]:
-    """One target for each source."""
-    unique, place = np.unique(source, return_index=True)
-    return unique, target[place]
