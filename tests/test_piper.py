@@ -20,6 +20,7 @@ from p2bw.compiler.devices import parse_bytes
 from p2bw.compiler.placement import hybrid
 from p2bw.compiler.placement.hybrid import solve_hybrid
 from p2bw.compiler.placement.knapsack import Knapsack, Option, staircase
+from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.reader_piper import read_piper
 from p2bw.compiler.solve import solve_file
 from p2bw.runtime.errors import InfeasibleError, InputFileError, TimeLimitError, UsageError
@@ -290,6 +291,40 @@ def test_too_many_ideals_leave_an_honest_gap(chain, monkeypatch):
         solve_file(chain, memory=60.5)
     with pytest.raises(InfeasibleError):
         solve_file(chain, memory=59)  # four times 30 bytes, on two devices
+
+
+class After(Stop):
+    """Stops a search when it has been asked so often."""
+
+    def __init__(self, questions):
+        super().__init__(limit_s=1.0)
+        self.left = questions
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_stopped_search_keeps_its_plan_and_an_honest_bound():
+    problem = read_piper(json.dumps(CHAIN).encode())
+    seen = set()
+    for questions in range(40):
+        try:
+            found = solve_hybrid(problem, 2, replicated=False, stop=After(questions))
+        except TimeLimitError:
+            assert questions < 10
+            seen.add("none")
+            continue
+        assert found.bound <= 7.5 <= found.objective
+        seen.add("proven" if found.bound == found.objective else "stopped")
+    assert seen == {"none", "stopped", "proven"}
+
+
+def test_more_stages_than_nodes_are_no_cure(chain):
+    with pytest.raises(InfeasibleError, match=r"\(--memory\)$"):
+        solve_file(chain, stages=9, memory=20)
+    with pytest.raises(InfeasibleError, match="devices"):
+        solve_file(chain, stages=2, memory=20)
 
 
 def test_bad_requests_name_what_is_wrong(chain):

@@ -87,7 +87,7 @@ def solve_hybrid(
     if bound is not None and stop():
         settled_by += f"; stopped by {stop.reason}"
     if plan is None:
-        raise stop.error() if stop() else _refusal(problem, tables, family)
+        raise stop.error() if stop() else _refusal(problem, tables, family, devices)
     costs = judge_stages(problem, plan.stages)
     objective = max(cost.load for cost in costs)
     return HybridPlacement(
@@ -99,8 +99,9 @@ def solve_hybrid(
     )
 
 
-def _refusal(problem: VariantProblem, tables: Tables, family: Family) -> Exception:
+def _refusal(problem: VariantProblem, tables: Tables, family: Family, devices: int) -> Exception:
     """Why there is no plan: how much memory one needs."""
+    more = " or more devices (--stages)" if tables.devices == devices else ""
     if not family.complete and tables.room.sum() <= tables.devices * tables.capacity:
         return TimeLimitError("no plan found, and none ruled out; offer more memory (--memory)")
     if len(family.members) > MANY:
@@ -113,16 +114,16 @@ def _refusal(problem: VariantProblem, tables: Tables, family: Family) -> Excepti
     low, high = math.floor(problem.memory), math.ceil(AMPLE / tables.units)
     if not fits(high):
         return InfeasibleError(
-            f"no plan fits on {tables.devices} devices, however much they can hold: the nodes' "
-            "variants need more; offer more devices (--stages)"
+            f"no plan fits on {devices} devices, however much they can hold: the nodes' variants "
+            "need more; offer more devices (--stages)"
         )
     while high - low > max(1, low // ROUGH):
         middle = (low + high) // 2 if low < ROUGH else max(low + 1, math.isqrt(low * high))
         low, high = (low, middle) if fits(middle) else (middle, high)
     return InfeasibleError(
-        f"no plan fits: the best one known for {tables.devices} devices needs {high} bytes "
+        f"no plan fits: the best one known for {devices} devices needs {high} bytes "
         f"({data(high)}) on one of them, and a device holds {data(problem.memory)}; offer more "
-        "memory (--memory) or more devices (--stages)"
+        f"memory (--memory){more}"
     )
 
 

@@ -68,7 +68,7 @@ class Tables:
     room: Floats
     sent: Floats
     received: Floats
-    devices: int
+    devices: int  # as many as can be used
     replicas: tuple[int, ...]  # that a stage may have
     most_replicas: int  # of all stages
     capacity: int
@@ -86,7 +86,10 @@ def tabulate(problem: VariantProblem, devices: int, *, replicated: bool) -> Tabl
     graph.add_edges_from((edge.source, edge.target) for edge in problem.edges)
     order = list(nx.lexicographical_topological_sort(graph))
     number = {node: place for place, node in enumerate(order)}
+    if not replicated:
+        devices = min(devices, len(problem.nodes))
     most = min(devices, problem.microbatches)
+    devices = min(devices, most * max(degrees))
     steps, units = _scales(problem, most)
     shardings = tuple(_sharding(problem, order, degree, steps, units) for degree in degrees)
     limit = problem.memory * units
