@@ -223,7 +223,7 @@ def test_what_is_left_open_keeps_its_bound():
 def test_a_start_is_kept_unless_something_is_better(hard):
     problem = read_problem(hard)
     quick = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=0.0))
-    good = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=0.4))
+    good = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=1.2))
     assert good.samples_per_s > quick.samples_per_s
     again = solve({1: problem}, depths=(8,), limits=Limits(deterministic_s=0.0), start=good)
     assert again.samples_per_s == good.samples_per_s
