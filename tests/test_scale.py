@@ -92,7 +92,7 @@ def test_what_is_left_out_still_orders_the_rest():
     policy=st.sampled_from(["auto", "auto", "always", "never"]),
     gap=st.sampled_from([0.0, 0.01, 0.1, 0.5]),
 )
-@pytest.mark.parametrize("ideals", [10**4, 5])
+@pytest.mark.parametrize("ideals", [10**4, 3])
 def test_the_result_is_within_the_gap_of_the_optimum(ideals, problem, policy, gap):
     expected = optimum(problem, policy)
     limits = Limits(gap=gap, ideals=ideals, deterministic_s=5.0)
@@ -131,8 +131,9 @@ def two_towers(layers, gpus):
 def test_too_many_ideals_to_list_are_bounded_without_some_groups_and_refined():
     problem = two_towers(40, 4)
     assert not make_family(make_instance(problem), 500).complete
-    tight = solve({1: problem}, depths=(4,), limits=Limits(ideals=500, gap=0.01))
-    assert tight.gap <= 0.01
+    limits = Limits(ideals=500, gap=0.002, deterministic_s=0.0)
+    tight = solve({1: problem}, depths=(4,), limits=limits)
+    assert tight.gap <= 0.002
     work = sum(block.forward_s for block in problem.blocks)
     assert tight.bound == pytest.approx(4 / work, rel=0.01)
 
