@@ -31,6 +31,9 @@ Limit = Annotated[
     float | None,
     typer.Option(help="Seconds that the search may take; the best plan so far is kept.  [none]"),
 ]
+Gap = Annotated[
+    str, typer.Option(help="Stop when the plan is proven to be this near to the fastest; 0: exact.")
+]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact of compile.")]
 ModelPath = Annotated[
     Path | None, typer.Option("--model", help="The model file, if it has moved.", metavar="FILE")
@@ -154,6 +157,7 @@ def compile_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
     ] = None,
+    gap: Gap = "0.1%",
     limit: Limit = None,
     dump_passes: Annotated[
         Path | None, typer.Option(help="Write the program after each pass to this folder.")
@@ -190,6 +194,7 @@ def compile_command(
                 microbatch=microbatch,
                 microbatches=microbatches,
                 recompute=recompute,
+                gap=gap,
                 stop=_stop(limit, say),
                 dump_passes=dump_passes,
                 problem=problem,
@@ -322,6 +327,7 @@ def solve_command(
     memory: Annotated[
         str | None, typer.Option(help="Memory of each device, if not the file's: 12GiB.")
     ] = None,
+    gap: Gap = "0",
     limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -342,6 +348,7 @@ def solve_command(
                 replication=replication,
                 bandwidth=bandwidth,
                 memory=None if memory is None else parse_bytes(memory),
+                gap=gap,
                 stop=_stop(limit, say),
                 progress=say,
             )

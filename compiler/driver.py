@@ -26,12 +26,17 @@ from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
+from p2bw.compiler.units import parse_gap
 from p2bw.passes import pipeline, run_passes
 from p2bw.passes.annotate_time import annotate_time
 from p2bw.runtime.errors import ModelError, UsageError
 from p2bw.runtime.modelfile import ModelFile, Setting, load_model_file
 
 Recompute = Literal["auto", "always", "never"]
+
+# A cut between layers is worth more to a reader than a thousandth of the speed, which no model of
+# costs foresees.
+DEFAULT_GAP = "0.1%"
 
 # Without --microbatch these sizes are searched, up to what fits. Two are traced, the others lie on
 # the line through them; the plan is then made from a trace at the size that was chosen.
@@ -154,6 +159,7 @@ def compile_model(
     microbatch: int | None = None,
     microbatches: int | None = None,
     recompute: str = "auto",
+    gap: str = DEFAULT_GAP,
     stop: Stop | None = None,
     dump_passes: str | Path | None = None,
     problem: str | Path | None = None,
@@ -161,13 +167,15 @@ def compile_model(
 ) -> Compiled:
     """Trace a model file, place it on a topology and write its stages as Python files.
 
-    What is None is searched (depth, width, microbatch), or has the command line's default. `stop`
-    may end the search early; the best plan so far is kept. With `problem`, that file gets the
-    placement problem at the microbatch size that was chosen. Raises the errors of
-    runtime/errors.py; nothing is written unless all has gone well.
+    What is None is searched (depth, width, microbatch), or has the command line's default. The plan
+    is within `gap` of the fastest, as far as the search can prove that; `stop` may end it early,
+    and the best plan so far is kept. With `problem`, that file gets the placement problem at the
+    microbatch size that was chosen. Raises the errors of runtime/errors.py; nothing is written
+    unless all has gone well.
     """
     checked = _checked_schedule(schedule)
     policy = _checked_recompute(recompute)
+    limits = Limits(gap=parse_gap(gap), stop=stop or Stop())
     for name, value in (("depth", depth), ("width", width), ("microbatch", microbatch),
                         ("microbatches", microbatches)):  # fmt: skip
         if value is not None and value < 1:
@@ -190,7 +198,7 @@ def compile_model(
         dump_folder=Path(dump_passes) if dump_passes is not None else None,
         seconds={"load": round(time.perf_counter() - begin, 3)},
     )
-    placement = _place(compiler, depth, width, microbatch, policy, stop or Stop())
+    placement = _place(compiler, depth, width, microbatch, policy, limits)
     with compiler.phase("emit"):
         progress(f"writing {placement.depth} stages")
         plan, stages = _plan(compiler, placement)
@@ -231,7 +239,7 @@ def _place(
     width: int | None,
     microbatch: int | None,
     recompute: Recompute,
-    stop: Stop,
+    limits: Limits,
 ) -> Placement:
     """Search what is not given; judge the winner on a trace at its own microbatch size."""
 
@@ -258,14 +266,16 @@ def _place(
 
     if microbatch is not None:
         compiler.problem(microbatch)  # traced before the clock of the search runs
-        return solved(compiler.problem, microbatch, depth, width, Limits(stop=stop))
-    found = solved(compiler.candidates(), None, depth, width, Limits(stop=stop))
+        return solved(compiler.problem, microbatch, depth, width, limits)
+    found = solved(compiler.candidates(), None, depth, width, limits)
     if found.microbatch in compiler.problems:
         return found
     exact = compiler.problem(found.microbatch)
     # Once it had to stop, the dynamic program alone competes with what was found.
+    stop = limits.stop
     stopped = stop()
-    limits = Limits(deterministic_s=0.0) if stopped else Limits(stop=stop)
+    if stopped:
+        limits = replace(limits, deterministic_s=0.0, stop=Stop())
     final = solved(
         {found.microbatch: exact},
         None,

@@ -17,6 +17,7 @@ from p2bw.compiler.placement.variants import VariantProblem
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
+from p2bw.compiler.units import parse_gap
 from p2bw.runtime.errors import UsageError
 
 Say = Callable[[str], None]
@@ -82,6 +83,7 @@ def solve_file(
     bandwidth: float | None = None,
     replication: str = "uniform",
     memory: float | None = None,
+    gap: str = "0",
     stop: Stop | None = None,
     progress: Say = lambda message: None,
 ) -> Solution:
@@ -91,7 +93,9 @@ def solve_file(
     the file has devices; with it, a PlacementProblem at that depth, another at no more than that.
     With `replication` "per-stage", a stage of Piper's format or of a PipeDream profile has as many
     devices as pay, of `stages` in all; without, it has one. A device has `memory` bytes, if given.
+    `gap`: how near to the best a PlacementProblem is solved; other formats always to the end.
     """
+    limits = Limits(gap=parse_gap(gap), stop=stop or Stop())
     if stages is not None and stages < 1:
         raise UsageError(f"--stages {stages}: a pipeline has at least one stage")
     if cpus < 0:
@@ -106,6 +110,8 @@ def solve_file(
         raise UsageError(f"--cpus {cpus}: {path} does not say how long blocks take on a CPU")
     if isinstance(problem, VariantProblem | ProfileProblem) and memory is not None:
         problem = replace(problem, memory=memory)
+    if limits.gap and not isinstance(problem, PlacementProblem):
+        raise UsageError(f"--gap {gap}: {path} is of a format that is always solved to the end")
     if isinstance(problem, VariantProblem):
         progress(f"placing {len(problem.nodes)} nodes")
         with stop or Stop() as stop:
@@ -122,8 +128,8 @@ def solve_file(
         raise UsageError(f"{option}: not for the format of {path}")
     if isinstance(problem, PlacementProblem):
         progress(f"placing {len(problem.blocks)} blocks")
-        with stop or Stop() as stop:
-            return _solve_blocks(problem, stages, started, Limits(stop=stop), progress)
+        with limits.stop:
+            return _solve_blocks(problem, stages, started, limits, progress)
     progress(f"placing {len(problem.nodes)} nodes")
     with stop or Stop() as stop:
         return _solve_loads(problem, stages or problem.devices, cpus, started, stop)

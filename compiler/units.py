@@ -1,4 +1,8 @@
-"""Numbers for people: `4.12 ms`, `1.02 GiB`, `86.4 M`. Printed at the edge only."""
+"""Numbers for people: `4.12 ms`, `1.02 GiB`, `86.4 M`. Read and printed at the edge only."""
+
+import re
+
+from p2bw.runtime.errors import UsageError
 
 
 def seconds(value: float) -> str:
@@ -32,6 +36,15 @@ def parameters(value: int) -> str:
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def parse_gap(text: str) -> float:
+    """'1%' -> 0.01, as is '0.01'."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text, re.ASCII)
+    value = float(match[1]) / (100 if match[2] else 1) if match else 1.0
+    if not value < 1:
+        raise UsageError(f"--gap {text}: give a share below 1, like 1% or 0.01; 0 for the optimum")
+    return value
 
 
 def _three(value: float) -> str:

@@ -1,6 +1,7 @@
 import pytest
 
 from p2bw.compiler import units
+from p2bw.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,17 @@ def test_data(value: int, text: str) -> None:
 def test_parameters_are_counted_in_billions() -> None:
     assert units.parameters(2_156_000_000) == "2.16 B"
     assert units.parameters(86_400_000) == "86.4 M"
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02), ("0", 0.0), (".1%", 0.001)],
+)
+def test_a_gap_is_a_share(text, share):
+    assert units.parse_gap(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1%", "100%", "1", "1e-3", "nan", "1%%"])
+def test_what_is_no_gap_is_refused(text):
+    with pytest.raises(UsageError, match="--gap"):
+        units.parse_gap(text)

@@ -6,6 +6,7 @@ settles what it leaves open; all share the best placement found so far.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -101,8 +102,10 @@ def search_models(
 
         search = search_levels(models, shapes, limits, progress)
     else:
-        search = Search(make_candidates(models, shapes), limits, progress)
+        # Few steps are searched to the end at no cost; the gap is for what may take long.
+        search = Search(make_candidates(models, shapes), replace(limits, gap=0.0), progress)
         search.dynamic_program()
+        search.allow(limits.gap)
     search.integer_program(limits.deterministic_s - search.spent)
     return search
 
@@ -143,7 +146,7 @@ class Search:
         self._any = limits.any_will_do
         self.best: Candidate | None = None
         self.rate = 0.0  # of the best
-        self._gap = max(limits.gap, TOLERANCE)
+        self.allow(limits.gap)
         self._progress = progress
 
     def open(self) -> list[Candidate]:
@@ -153,6 +156,10 @@ class Search:
                 candidate.closed_by = "bounds"
         left = [candidate for candidate in self.candidates if not candidate.closed_by]
         return sorted(left, key=lambda candidate: candidate.order)
+
+    def allow(self, gap: float) -> None:
+        """From now on, do not look for what is better by no larger a share."""
+        self._gap = max(gap, TOLERANCE)
 
     @property
     def _enough(self) -> float:
@@ -374,12 +381,14 @@ class Search:
         span = f"{min(depths)}..{max(depths)}" if min(depths) < max(depths) else f"{depths[0]}"
         counts = Counter(candidate.closed_by or "open" for candidate in self.candidates)
         how = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+        allowed = self._gap > TOLERANCE and self.bound() > self.rate
+        within = f", a gap of {100 * self._gap:g} % allowed" if allowed else ""
         model = self.candidates[0].model
         topology = model.instance.problem.topology
         return (
             f"{topology.summary}, {span} stages, "
             f"microbatch {', '.join(map(str, sizes))}, "
             f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
-            f"{f', within a gap of {100 * self._gap:g} %' if self._gap > TOLERANCE else ''}"
+            f"{within}"
             f"{f'; stopped by {self.stop.reason}' if counts['open'] and self.stop() else ''}"
         )

@@ -1,18 +1,20 @@
 """Stage 0 of 2: CLIPModel on rank 0.
 
-vision_model.embeddings, vision_model.pre_layrnorm, vision_model.encoder, text_model.embeddings,
-text_model.encoder.layers.0.layer_norm1, text_model.encoder.layers.0.self_attn
+vision_model, visual_projection, text_model.embeddings, text_model.encoder.layers.0.layer_norm1,
+text_model.encoder.layers.0.self_attn.q_proj, text_model.encoder.layers.0.self_attn.k_proj,
+text_model.encoder.layers.0.self_attn.v_proj
 
-parameters  36.5 k
-forward     221 us, 2.35 MFLOP
-backward    222 us, 4.31 MFLOP, busy 99.2 % of the period
+parameters  36.7 k
+forward     216 us, 2.33 MFLOP
+backward    227 us, 4.26 MFLOP, busy 99.2 % of the period
 memory      1005 MiB of 16.0 GiB
-            = weights 285 KiB + gradients 142 KiB + optimizer 285 KiB + stash 430 KiB +
-            buffers 13.3 KiB + transient 51.0 KiB + reserve 1004 MiB
+            = weights 287 KiB + gradients 143 KiB + optimizer 287 KiB + stash 439 KiB +
+            buffers 9.79 KiB + transient 51.0 KiB + reserve 1004 MiB
 
-sends       vision_model_encoder: f32[2, 17, 32], 4.25 KiB to stage 1
-sends       text_model_encoder_layers_0_add: f32[2, 12, 24], 2.25 KiB to stage 1
-sends       text_model_to: i32[2, 12], 96 B to stage 1
+sends       visual_projection: f32[2, 24], 192 B to stage 1
+sends       text_model_view: i64[2, 12], 192 B to stage 1
+sends       text_model_embeddings: f32[2, 12, 24], 2.25 KiB to stage 1
+sends       text_model_encoder_layers_0_self_attn_reshape_2: f32[2, 12, 24], 2.25 KiB to stage 1
 
 Written by p2bw 0.1.0 from examples/hf_clip.py:tiny.
 Imports only torch; yours to read, change and run.
@@ -120,17 +122,19 @@ class CLIPEncoder(nn.Module):
         return x
 
 
-class CLIPVisionModelHead(nn.Module):
-    """The beginning of vision_model (modeling_clip.py:209)."""
+class CLIPVisionModel(nn.Module):
+    """vision_model (modeling_clip.py:209)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings()
         self.pre_layrnorm = nn.LayerNorm(32)
         self.encoder = CLIPEncoder()
+        self.post_layernorm = nn.LayerNorm(32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.encoder(self.pre_layrnorm(self.embeddings(x)))  # f32[2, 17, 32]
+        encoder = self.encoder(self.pre_layrnorm(self.embeddings(x)))[:, 0]  # f32[2, 32]
+        return self.post_layernorm(encoder)
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -152,15 +156,14 @@ class CLIPTextEmbeddings(nn.Module):
         return token_embedding + self.position_embedding(index)
 
 
-class CLIPAttention2(nn.Module):
-    """text_model.encoder.layers.0.self_attn (modeling_clip.py:309)."""
+class CLIPAttentionHead(nn.Module):
+    """The beginning of text_model.encoder.layers.0.self_attn (modeling_clip.py:309)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(24, 24)
         self.k_proj = nn.Linear(24, 24)
         self.v_proj = nn.Linear(24, 24)
-        self.out_proj = nn.Linear(24, 24)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q_proj(x)  # f32[2, 12, 24]
@@ -170,8 +173,7 @@ class CLIPAttention2(nn.Module):
         k = k.view(2, 12, -1, 6).transpose(1, 2)
         v = v.view(2, 12, -1, 6).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.408248290463863)
-        y = y.reshape(2, -1, 12, 6).transpose(1, 2).reshape(2, 12, -1)  # f32[2, 12, 24]
-        return self.out_proj(y)
+        return y.reshape(2, -1, 12, 6).transpose(1, 2).reshape(2, 12, -1)  # f32[2, 12, 24]
 
 
 class CLIPEncoderLayerHead(nn.Module):
@@ -180,10 +182,10 @@ class CLIPEncoderLayerHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(24)
-        self.self_attn = CLIPAttention2()
+        self.self_attn = CLIPAttentionHead()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.self_attn(self.layer_norm1(x))  # f32[2, 12, 24]
+        return self.self_attn(self.layer_norm1(x))  # f32[2, 12, 24]
 
 
 class CLIPEncoderHead(nn.Module):
@@ -205,20 +207,34 @@ class CLIPTextModelHead(nn.Module):
         self.embeddings = CLIPTextEmbeddings()
         self.encoder = CLIPEncoderHead()
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         input_ids = input_ids.view(-1, 12)  # i64[2, 12]
-        encoder = self.encoder(self.embeddings(input_ids))  # f32[2, 12, 24]
-        input_ids = input_ids.to(torch.int32)  # i32[2, 12]
-        return encoder, input_ids
+        embeddings = self.embeddings(input_ids)  # f32[2, 12, 24]
+        encoder = self.encoder(embeddings)
+        return input_ids, embeddings, encoder
 
 
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.vision_model = CLIPVisionModelHead()
+        self.vision_model = CLIPVisionModel()
+        self.visual_projection = nn.Linear(32, 24, bias=False)
         self.text_model = CLIPTextModelHead()
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        vision_model_encoder = self.vision_model(pixel_values)  # f32[2, 17, 32]
-        text_model_encoder_layers_0_add, text_model_to = self.text_model(input_ids)
-        return vision_model_encoder, text_model_encoder_layers_0_add, text_model_to
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        visual_projection = self.visual_projection(self.vision_model(pixel_values))  # f32[2, 24]
+        (
+            text_model_view,
+            text_model_embeddings,
+            text_model_encoder_layers_0_self_attn_reshape_2,
+        ) = self.text_model(input_ids)
+        return (
+            visual_projection,
+            text_model_view,
+            text_model_embeddings,
+            text_model_encoder_layers_0_self_attn_reshape_2,
+        )

@@ -1,19 +1,20 @@
 """Stage 1 of 2: CLIPModel on rank 1.
 
-vision_model.post_layernorm, visual_projection, text_model.encoder.layers.0.layer_norm2,
+text_model.encoder.layers.0.self_attn.out_proj, text_model.encoder.layers.0.layer_norm2,
 text_model.encoder.layers.0.mlp, text_model.encoder.layers.1, text_model.final_layer_norm,
 text_projection
 
-parameters  13.5 k
-forward     235 us, 586 kFLOP
-backward    211 us, 1.17 MFLOP, busy 99.9 % of the period
+parameters  13.2 k
+forward     240 us, 611 kFLOP
+backward    206 us, 1.22 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB
-            = weights 105 KiB + gradients 52.6 KiB + optimizer 105 KiB + stash 85.5 KiB +
-            buffers 13.1 KiB + transient 27.0 KiB + reserve 1004 MiB
+            = weights 103 KiB + gradients 51.7 KiB + optimizer 103 KiB + stash 85.5 KiB +
+            buffers 9.56 KiB + transient 27.0 KiB + reserve 1004 MiB
 
-receives    vision_model_encoder: f32[2, 17, 32], 4.25 KiB from stage 0
-receives    text_model_encoder_layers_0_add: f32[2, 12, 24], 2.25 KiB from stage 0
-receives    text_model_to: i32[2, 12], 96 B from stage 0
+receives    visual_projection: f32[2, 24], 192 B from stage 0
+receives    text_model_view: i64[2, 12], 192 B from stage 0
+receives    text_model_embeddings: f32[2, 12, 24], 2.25 KiB from stage 0
+receives    text_model_encoder_layers_0_self_attn_reshape_2: f32[2, 12, 24], 2.25 KiB from stage 0
 
 Written by p2bw 0.1.0 from examples/hf_clip.py:tiny.
 Imports only torch; yours to read, change and run.
@@ -24,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class CLIPVisionModelTail(nn.Module):
-    """The end of vision_model (modeling_clip.py:641)."""
+class CLIPAttentionTail(nn.Module):
+    """The end of text_model.encoder.layers.0.self_attn (modeling_clip.py:333)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.post_layernorm = nn.LayerNorm(32)
+        self.out_proj = nn.Linear(24, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.post_layernorm(x[:, 0])  # f32[2, 32]
+        return self.out_proj(x)  # f32[2, 12, 24]
 
 
 class QuickGELUActivation(nn.Module):
@@ -58,15 +59,17 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayerTail(nn.Module):
-    """The end of text_model.encoder.layers.0 (modeling_clip.py:379)."""
+    """The end of text_model.encoder.layers.0 (modeling_clip.py:333)."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.self_attn = CLIPAttentionTail()
         self.layer_norm2 = nn.LayerNorm(24)
         self.mlp = CLIPMLP()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.layer_norm2(x))  # f32[2, 12, 24]
+    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
+        x = x2 + self.self_attn(x)  # f32[2, 12, 24]
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class CLIPAttention(nn.Module):
@@ -107,54 +110,55 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoderTail(nn.Module):
-    """The end of text_model.encoder (modeling_clip.py:379)."""
+    """The end of text_model.encoder (modeling_clip.py:333)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([CLIPEncoderLayerTail(), CLIPEncoderLayer()])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)  # f32[2, 12, 24]
-        return x
+    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
+        x = self.layers[0](x, x2)  # f32[2, 12, 24]
+        return self.layers[1](x)
 
 
 class CLIPTextModelTail(nn.Module):
-    """The end of text_model (modeling_clip.py:379)."""
+    """The end of text_model (modeling_clip.py:333)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = CLIPEncoderTail()
         self.final_layer_norm = nn.LayerNorm(24)
 
-    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
-        encoder = self.final_layer_norm(self.encoder(x))  # f32[2, 12, 24]
+    def forward(self, x: Tensor, x2: Tensor, x3: Tensor) -> Tensor:
+        encoder = self.final_layer_norm(self.encoder(x, x2))  # f32[2, 12, 24]
         positions = torch.arange(2, device=x.device)  # i64[2]
-        return encoder[positions, (x2 == 63).to(torch.int32).argmax(-1)]  # f32[2, 24]
+        index = (x3.to(torch.int32) == 63).to(torch.int32).argmax(-1)
+        return encoder[positions, index]  # f32[2, 24]
 
 
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.empty(()))
-        self.vision_model = CLIPVisionModelTail()
-        self.visual_projection = nn.Linear(32, 24, bias=False)
         self.text_model = CLIPTextModelTail()
         self.text_projection = nn.Linear(24, 24, bias=False)
 
     def forward(
         self,
-        vision_model_encoder: Tensor,
-        text_model_encoder_layers_0_add: Tensor,
-        text_model_to: Tensor,
+        visual_projection: Tensor,
+        text_model_view: Tensor,
+        text_model_embeddings: Tensor,
+        text_model_encoder_layers_0_self_attn_reshape_2: Tensor,
     ) -> Tensor:
-        visual_projection = self.visual_projection(self.vision_model(vision_model_encoder))
-        text_model = self.text_model(text_model_encoder_layers_0_add, text_model_to)
+        text_model = self.text_model(
+            text_model_encoder_layers_0_self_attn_reshape_2,
+            text_model_embeddings,
+            text_model_view,
+        )  # f32[2, 24]
         text_projection = self.text_projection(text_model)
         x = visual_projection / (visual_projection**2).sum(-1, keepdim=True) ** 0.5
         y = text_projection / (text_projection**2).sum(-1, keepdim=True) ** 0.5
         x = y @ x.t() * self.logit_scale.exp()  # f32[2, 2]
-        loss = F.cross_entropy(x, torch.arange(2, device=vision_model_encoder.device))  # f32[]
-        x = x.T  # f32[2, 2]
-        loss2 = F.cross_entropy(x, torch.arange(2, device=vision_model_encoder.device))  # f32[]
+        loss = F.cross_entropy(x, torch.arange(2, device=visual_projection.device))  # f32[]
+        loss2 = F.cross_entropy(x.T, torch.arange(2, device=visual_projection.device))
         return (loss + loss2) / 2.0

@@ -1,97 +1,90 @@
 """Stage 1 of 2: WhisperForConditionalGeneration on rank 1.
 
-model.decoder.layers.0.self_attn.out_proj, model.decoder.layers.0.encoder_attn_layer_norm,
-model.decoder.layers.0.encoder_attn.q_proj, model.decoder.layers.0.encoder_attn.out_proj,
-model.decoder.layers.0.final_layer_norm, model.decoder.layers.0.fc1,
-model.decoder.layers.0.activation_fn and 12 more
+model.encoder.layers.1.self_attn.k_proj, model.encoder.layers.1.self_attn.v_proj,
+model.encoder.layers.1.self_attn.out_proj, model.encoder.layers.1.final_layer_norm,
+model.encoder.layers.1.fc1, model.encoder.layers.1.activation_fn, model.encoder.layers.1.fc2,
+model.encoder.layer_norm and 10 more
 
-parameters  28.6 k
-forward     341 us, 1.52 MFLOP
-backward    256 us, 3.05 MFLOP, busy 99.9 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 224 KiB + gradients 112 KiB + optimizer 224 KiB + stash 185 KiB +
-            buffers 64.2 KiB + transient 24.0 KiB + reserve 1004 MiB
+parameters  42.2 k
+forward     296 us, 2.72 MFLOP
+backward    297 us, 5.44 MFLOP, busy 99.1 % of the period
+memory      1005 MiB of 16.0 GiB
+            = weights 330 KiB + gradients 165 KiB + optimizer 330 KiB + stash 240 KiB +
+            buffers 42.3 KiB + transient 40.0 KiB + reserve 1004 MiB
 
-receives    model_decoder_repeat: i64[2, 12], 192 B from stage 0
-receives    model_decoder_dropout: f32[2, 12, 32], 3.00 KiB from stage 0
-receives    model_decoder_unsqueeze_4: i64[2, 1, 1, 1], 16 B from stage 0
-receives    model_decoder_layers_0_self_attn_q_proj: f32[2, 12, 32], 3.00 KiB from stage 0
-receives    model_decoder_layers_0_self_attn_view_2: f32[2, 12, 4, 8], 3.00 KiB from stage 0
-receives    model_decoder_layers_0_self_attn_view_3: f32[2, 12, 4, 8], 3.00 KiB from stage 0
-receives    model_decoder_layers_0_encoder_attn_view_2: f32[2, 20, 4, 8], 5.00 KiB from stage 0
-receives    model_decoder_layers_0_encoder_attn_view_3: f32[2, 20, 4, 8], 5.00 KiB from stage 0
-receives    model_decoder_layers_1_encoder_attn_contiguous_2: f32[2, 4, 20, 8], 5.00 KiB from stage
-            0
-receives    model_decoder_layers_1_encoder_attn_contiguous_3: f32[2, 4, 20, 8], 5.00 KiB from stage
-            0
+receives    model_encoder_layers_0: f32[2, 20, 32], 5.00 KiB from stage 0
+receives    model_encoder_layers_1_self_attn_layer_norm: f32[2, 20, 32], 5.00 KiB from stage 0
+receives    model_encoder_layers_1_self_attn_contiguous: f32[2, 4, 20, 8], 5.00 KiB from stage 0
+receives    model_decoder_expand_2: bool[2, 1, 12, 12], 288 B from stage 0
+receives    model_decoder_layers_0_add: f32[2, 12, 32], 3.00 KiB from stage 0
+receives    model_decoder_layers_0_encoder_attn_contiguous: f32[2, 4, 12, 8], 3.00 KiB from stage 0
 
 Written by p2bw 0.1.0 from examples/hf_whisper.py:tiny.
 Imports only torch; yours to read, change and run.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class WhisperAttentionTail(nn.Module):
-    """The end of model.decoder.layers.0.self_attn (modeling_whisper.py:310)."""
+    """The end of model.encoder.layers.1.self_attn and 1 more (modeling_whisper.py:334)."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: int) -> None:
         super().__init__()
+        self.shape = shape
+        self.k_proj = nn.Linear(32, 32, bias=False)
+        self.v_proj = nn.Linear(32, 32)
         self.out_proj = nn.Linear(32, 32)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        q = (x * 0.3535533905932738).view(2, 12, -1, 8).transpose(1, 2).contiguous()
-        k = k.transpose(1, 2).contiguous()
-        v = v.transpose(1, 2).contiguous()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        y = y.reshape(2, -1, 12, 8).transpose(1, 2).contiguous().reshape(2, 12, -1)
-        return self.out_proj(y)
+    def forward(self, x: Tensor, q: Tensor) -> Tensor:
+        k = self.k_proj(x).view(2, -1, 4, 8).transpose(1, 2).contiguous()  # f32[2, 4, 20, 8]
+        v = self.v_proj(x).view(2, -1, 4, 8).transpose(1, 2).contiguous()
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        y = y.reshape(2, -1, self.shape, 8).transpose(1, 2).contiguous()
+        return self.out_proj(y.reshape(2, self.shape, -1))
 
 
-class WhisperAttentionHead(nn.Module):
-    """The beginning of model.decoder.layers.0.encoder_attn (modeling_whisper.py:310)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(32, 32)
-        self.out_proj = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = (self.q_proj(x) * 0.3535533905932738).view(2, 12, -1, 8).transpose(1, 2)
-        q = q.contiguous()
-        k = k.transpose(1, 2).contiguous()  # f32[2, 4, 20, 8]
-        v = v.transpose(1, 2).contiguous()
-        y = F.scaled_dot_product_attention(q, k, v, scale=1.0).reshape(2, -1, 12, 8)
-        return self.out_proj(y.transpose(1, 2).contiguous().reshape(2, 12, -1))  # f32[2, 12, 32]
-
-
-class WhisperDecoderLayerTail(nn.Module):
-    """The end of model.decoder.layers.0 (modeling_whisper.py:310)."""
+class WhisperEncoderLayerTail(nn.Module):
+    """The end of model.encoder.layers.1 (modeling_whisper.py:334)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.self_attn = WhisperAttentionTail()
-        self.encoder_attn_layer_norm = nn.LayerNorm(32)
-        self.encoder_attn = WhisperAttentionHead()
+        self.self_attn = WhisperAttentionTail(shape=20)
         self.final_layer_norm = nn.LayerNorm(32)
         self.fc1 = nn.Linear(32, 128)
         self.fc2 = nn.Linear(128, 32)
 
-    def forward(
-        self,
-        x: Tensor,
-        x2: Tensor,
-        x3: Tensor,
-        mask: Tensor,
-        x4: Tensor,
-        x5: Tensor,
-        x6: Tensor,
-    ) -> Tensor:
-        x = x4 + F.dropout(self.self_attn(x, x2, x3, mask), 0.0)  # f32[2, 12, 32]
-        encoder_attn = self.encoder_attn(self.encoder_attn_layer_norm(x), x5, x6)
-        x = x + F.dropout(encoder_attn, 0.0)
+    def forward(self, x: Tensor, x2: Tensor, x3: Tensor) -> Tensor:
+        x = x3 + F.dropout(self.self_attn(x, x2), 0.0)  # f32[2, 20, 32]
+        fc2 = self.fc2(F.dropout(F.gelu(self.fc1(self.final_layer_norm(x))), 0.0))
+        return x + F.dropout(fc2, 0.0)
+
+
+class WhisperEncoderTail(nn.Module):
+    """The end of model.encoder (modeling_whisper.py:334)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"1": WhisperEncoderLayerTail()})
+        self.layer_norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor, x2: Tensor, x3: Tensor) -> Tensor:
+        return self.layer_norm(self.layers["1"](x, x2, x3))  # f32[2, 20, 32]
+
+
+class WhisperDecoderLayerTail(nn.Module):
+    """The end of model.decoder.layers.0 (modeling_whisper.py:334)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder_attn = WhisperAttentionTail(shape=12)
+        self.final_layer_norm = nn.LayerNorm(32)
+        self.fc1 = nn.Linear(32, 128)
+        self.fc2 = nn.Linear(128, 32)
+
+    def forward(self, encoder: Tensor, x: Tensor, x2: Tensor) -> Tensor:
+        x = x2 + F.dropout(self.encoder_attn(encoder, x), 0.0)  # f32[2, 12, 32]
         fc2 = self.fc2(F.dropout(F.gelu(self.fc1(self.final_layer_norm(x))), 0.0))
         return x + F.dropout(fc2, 0.0)
 
@@ -116,83 +109,65 @@ class WhisperAttention(nn.Module):
         return self.out_proj(y)
 
 
-class WhisperAttentionHead2(nn.Module):
-    """The beginning of model.decoder.layers.1.encoder_attn (modeling_whisper.py:310)."""
+class WhisperAttention2(nn.Module):
+    """model.decoder.layers.1.encoder_attn (modeling_whisper.py:310)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
+        self.k_proj = nn.Linear(32, 32, bias=False)
+        self.v_proj = nn.Linear(32, 32)
         self.out_proj = nn.Linear(32, 32)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, x: Tensor, encoder: Tensor) -> Tensor:
         q = (self.q_proj(x) * 0.3535533905932738).view(2, 12, -1, 8).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q.contiguous(), k, v, scale=1.0)
-        y = y.reshape(2, -1, 12, 8).transpose(1, 2).contiguous().reshape(2, 12, -1)
-        return self.out_proj(y)
+        q = q.contiguous()
+        k = self.k_proj(encoder).view(2, -1, 4, 8).transpose(1, 2).contiguous()  # f32[2, 4, 20, 8]
+        v = self.v_proj(encoder).view(2, -1, 4, 8).transpose(1, 2).contiguous()
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0).reshape(2, -1, 12, 8)
+        return self.out_proj(y.transpose(1, 2).contiguous().reshape(2, 12, -1))  # f32[2, 12, 32]
 
 
-class WhisperDecoderLayerHead(nn.Module):
-    """The beginning of model.decoder.layers.1 (modeling_whisper.py:472)."""
+class WhisperDecoderLayer(nn.Module):
+    """model.decoder.layers.1 (modeling_whisper.py:472)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(32)
         self.self_attn = WhisperAttention()
         self.encoder_attn_layer_norm = nn.LayerNorm(32)
-        self.encoder_attn = WhisperAttentionHead2()
+        self.encoder_attn = WhisperAttention2()
         self.final_layer_norm = nn.LayerNorm(32)
         self.fc1 = nn.Linear(32, 128)
         self.fc2 = nn.Linear(128, 32)
 
-    def forward(self, x: Tensor, mask: Tensor, x2: Tensor, x3: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, encoder: Tensor) -> Tensor:
         x = x + F.dropout(self.self_attn(self.self_attn_layer_norm(x), mask), 0.0)  # f32[2, 12, 32]
-        encoder_attn = self.encoder_attn(self.encoder_attn_layer_norm(x), x2, x3)
+        encoder_attn = self.encoder_attn(self.encoder_attn_layer_norm(x), encoder)
         x = x + F.dropout(encoder_attn, 0.0)
         fc2 = self.fc2(F.dropout(F.gelu(self.fc1(self.final_layer_norm(x))), 0.0))
         return x + F.dropout(fc2, 0.0)
 
 
 class WhisperDecoderTail(nn.Module):
-    """The end of model.decoder (masking_utils.py:771)."""
+    """The end of model.decoder (modeling_whisper.py:334)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([WhisperDecoderLayerTail(), WhisperDecoderLayerHead()])
+        self.layers = nn.ModuleList([WhisperDecoderLayerTail(), WhisperDecoderLayer()])
         self.layer_norm = nn.LayerNorm(32)
 
-    def forward(
-        self,
-        x: Tensor,
-        x2: Tensor,
-        x3: Tensor,
-        x4: Tensor,
-        x5: Tensor,
-        x6: Tensor,
-        x7: Tensor,
-        x8: Tensor,
-        x9: Tensor,
-        x10: Tensor,
-    ) -> Tensor:
-        sums = (x.diff(prepend=x[:, :1] - 1) != 1).cumsum(-1)  # i64[2, 12]
-        y = x.expand(2, -1)
-        positions = torch.arange(12, device=x.device) + 0  # i64[12]
-        positions2 = torch.arange(12, device=x.device) + 0
-        positions = positions.unsqueeze(0).unsqueeze(1).unsqueeze(3)  # i64[1, 1, 12, 1]
-        positions2 = positions2.unsqueeze(0).unsqueeze(1).unsqueeze(2)  # i64[1, 1, 1, 12]
-        mask = positions.new_ones((), dtype=torch.bool)  # bool[]
-        mask = mask & (sums[x2, positions] == sums[x2, positions2])  # bool[2, 1, 12, 12]
-        x = y[x2, positions]  # i64[2, 1, 12, 1]
-        y = y[x2, positions2]  # i64[2, 1, 1, 12]
-        mask = (mask & (y <= x)).expand(2, -1, 12, 12)  # bool[2, 1, 12, 12]
-        x = self.layers[0](x3, x4, x5, mask, x6, x7, x8)  # f32[2, 12, 32]
-        return self.layer_norm(self.layers[1](x, mask, x9, x10))
+    def forward(self, encoder: Tensor, x: Tensor, x2: Tensor, mask: Tensor) -> Tensor:
+        x = self.layers[0](encoder, x, x2)  # f32[2, 12, 32]
+        return self.layer_norm(self.layers[1](x, mask, encoder))
 
 
 class WhisperModelTail(nn.Module):
-    """The end of model (masking_utils.py:771)."""
+    """The end of model (modeling_whisper.py:334)."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.encoder = WhisperEncoderTail()
         self.decoder = WhisperDecoderTail()
 
     def forward(
@@ -202,13 +177,9 @@ class WhisperModelTail(nn.Module):
         x3: Tensor,
         x4: Tensor,
         x5: Tensor,
-        x6: Tensor,
-        x7: Tensor,
-        x8: Tensor,
-        x9: Tensor,
-        x10: Tensor,
+        mask: Tensor,
     ) -> Tensor:
-        return self.decoder(x, x2, x3, x4, x5, x6, x7, x8, x9, x10)  # f32[2, 12, 32]
+        return self.decoder(self.encoder(x, x2, x3), x4, x5, mask)  # f32[2, 12, 32]
 
 
 class Stage(nn.Module):
@@ -220,27 +191,19 @@ class Stage(nn.Module):
     def forward(
         self,
         labels: Tensor,
-        model_decoder_repeat: Tensor,
-        model_decoder_dropout: Tensor,
-        model_decoder_unsqueeze_4: Tensor,
-        model_decoder_layers_0_self_attn_q_proj: Tensor,
-        model_decoder_layers_0_self_attn_view_2: Tensor,
-        model_decoder_layers_0_self_attn_view_3: Tensor,
-        model_decoder_layers_0_encoder_attn_view_2: Tensor,
-        model_decoder_layers_0_encoder_attn_view_3: Tensor,
-        model_decoder_layers_1_encoder_attn_contiguous_2: Tensor,
-        model_decoder_layers_1_encoder_attn_contiguous_3: Tensor,
+        model_encoder_layers_0: Tensor,
+        model_encoder_layers_1_self_attn_layer_norm: Tensor,
+        model_encoder_layers_1_self_attn_contiguous: Tensor,
+        model_decoder_expand_2: Tensor,
+        model_decoder_layers_0_add: Tensor,
+        model_decoder_layers_0_encoder_attn_contiguous: Tensor,
     ) -> Tensor:
         model = self.model(
-            model_decoder_repeat,
-            model_decoder_unsqueeze_4,
-            model_decoder_layers_0_self_attn_q_proj,
-            model_decoder_layers_0_self_attn_view_2,
-            model_decoder_layers_0_self_attn_view_3,
-            model_decoder_dropout,
-            model_decoder_layers_0_encoder_attn_view_2,
-            model_decoder_layers_0_encoder_attn_view_3,
-            model_decoder_layers_1_encoder_attn_contiguous_2,
-            model_decoder_layers_1_encoder_attn_contiguous_3,
+            model_encoder_layers_1_self_attn_layer_norm,
+            model_encoder_layers_1_self_attn_contiguous,
+            model_encoder_layers_0,
+            model_decoder_layers_0_encoder_attn_contiguous,
+            model_decoder_layers_0_add,
+            model_decoder_expand_2,
         )  # f32[2, 12, 32]
         return F.cross_entropy(self.proj_out(model).view(-1, 64), labels.reshape(-1))  # f32[]
