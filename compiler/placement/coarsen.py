@@ -73,23 +73,42 @@ def finer_stages(fine: Instance, coarse: Instance, stages: Sequence[int]) -> tup
     return tuple(home[blocks[0]] for blocks in fine.groups)
 
 
-def taken_apart(instance: Instance, sets: Sets, stages: Sequence[int], reach: float) -> Sets:
-    """The sets with those dissolved that lie within `reach` of the work before a cut.
-
-    `reach` is a share of all work; `stages` is where each group is now.
-    """
-    work = work_ps(instance)
-    after = np.cumsum(work)
-    of_stage = np.bincount(stages, weights=work.astype(np.float64))
-    cuts = np.cumsum(of_stage)[:-1]
-    distance = reach * float(after[-1])
+def taken_apart(sets: Sets, far: Numbers, reach: float) -> Sets:
+    """The sets, those dissolved that have a group less than `reach` from a cut."""
     found: list[tuple[int, ...]] = []
     for members in sets:
-        first, last = float(after[members[0]] - work[members[0]]), float(after[members[-1]])
-        place = np.searchsorted(cuts, first - distance)
-        near = place < len(cuts) and cuts[place] <= last + distance
+        near = bool((far[list(members)] < reach).any())
         found += [(group,) for group in members] if near else [members]
     return tuple(found)
+
+
+def far_in_order(instance: Instance, stages: Sequence[int]) -> Numbers:
+    """How much work (ps) lies in the order of the groups between each and the nearest cut."""
+    work = work_ps(instance)
+    end = np.cumsum(work)
+    of_stage = np.zeros(max(stages) + 1, np.int64)
+    np.add.at(of_stage, list(stages), work)
+    far = np.full(instance.size, end[-1])
+    for cut in np.cumsum(of_stage)[:-1]:
+        far = np.minimum(far, np.maximum(np.maximum(cut - end, end - work - cut), 0))
+    return far
+
+
+def far_by_edges(instance: Instance, stages: Sequence[int]) -> Numbers:
+    """How much work (ps) lies on the shortest path from each group to an edge that is cut."""
+    work = work_ps(instance).tolist()
+    far = [int(sum(work))] * instance.size
+    edges = [(u, v) for v, found in enumerate(instance.predecessors) for u in found]
+    for u, v in edges:
+        if stages[u] != stages[v]:
+            far[u] = far[v] = 0
+    for u, v in edges:  # by v: forwards
+        if stages[u] == stages[v]:
+            far[v] = min(far[v], far[u] + work[u])
+    for u, v in sorted(edges, reverse=True):  # by u: backwards
+        if stages[u] == stages[v]:
+            far[u] = min(far[u], far[v] + work[v])
+    return np.array(far, np.int64)
 
 
 def work_ps(instance: Instance) -> Numbers:

@@ -11,17 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from p2bw.compiler.placement.candidates import Candidate, Model, make_candidates
-from p2bw.compiler.placement.coarsen import Sets, finer_stages, merged, taken_apart
+from p2bw.compiler.placement.coarsen import (
+    far_by_edges,
+    far_in_order,
+    finer_stages,
+    merged,
+    taken_apart,
+    work_ps,
+)
 from p2bw.compiler.placement.dp import least_by_depth, step_costs
 from p2bw.compiler.placement.evaluate import Shape
 from p2bw.compiler.placement.ideals import make_family, make_steps
+from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.result import Limits, Progress
 from p2bw.compiler.placement.search import Search
 from p2bw.compiler.placement.skeleton import skeleton
 
 COARSE_SHARE = 0.25  # of CP-SAT's time, for the coarse graph if nothing else finds a placement
 ROUNDS = 8  # of taking apart, at most
-HALVINGS = 5  # of how far around the cuts, at most
+HALVINGS = 8  # of how far around the cuts, at most
 
 
 def search_levels(
@@ -94,35 +102,37 @@ def _tighten(search: Search, model: Model) -> None:
 
 
 def _refine(search: Search, models: Sequence[Model], limits: Limits) -> None:
-    """Move the cuts of the best placement on ever finer groups around them."""
+    """Move the cuts of the best placement on finer groups around them, while that helps."""
     for _ in range(ROUNDS):
-        best = search.best
-        if not search.open() or search.stop() or best is None or best.stages is None:
+        rate = search.rate
+        for far in (far_by_edges, far_in_order):
+            best = search.best
+            if not search.open() or search.stop() or best is None or best.stages is None:
+                return
+            far_ps = far(best.model.instance, best.stages)
+            model = _finer(best, far_ps, search.longest_s(best), limits.ideals)
+            if model is not None:
+                finer = Search(make_candidates([model], [best.placed]), limits, None)
+                finer.rate = search.rate
+                finer.dynamic_program()
+                if finer.best is not None:
+                    _adopt(search, models, finer.best)
+        if search.rate == rate:
             return
-        model = _finer(best, limits.ideals)
-        if model is None:
-            return
-        finer = Search(make_candidates([model], [best.placed]), limits, None)
-        finer.rate = search.rate
-        finer.dynamic_program()
-        if finer.best is None:
-            return
-        _adopt(search, models, finer.best)
 
 
-def _finer(best: Candidate, ideals: int) -> Model | None:
+def _finer(best: Candidate, far_ps: Numbers, longest_s: float, ideals: int) -> Model | None:
     """A model of the best's coarse sets, taken apart as far around its cuts as can be solved."""
-    instance, shape = best.model.instance, best.placed
-    assert best.stages is not None
-    reach = 0.5 / shape.depth
+    instance, sets = best.model.instance, best.model.sets
+    reach = float(work_ps(instance).sum()) / best.shape.depth / 2
     for _ in range(HALVINGS):
-        sets: Sets = taken_apart(instance, best.model.sets, best.stages, reach)
-        if len(sets) == len(best.model.sets):
+        some = taken_apart(sets, far_ps, reach)
+        if len(some) == len(sets):
             return None
-        mixed = merged(instance, sets)
+        mixed = merged(instance, some)
         family = make_family(mixed, ideals)
         if family.complete:
-            costs = step_costs(mixed, make_steps(mixed, family), best.model.recompute)
-            return Model(mixed, costs)
+            steps = make_steps(mixed, family, longest_s)
+            return Model(mixed, step_costs(mixed, steps, best.model.recompute))
         reach /= 2
     return None
