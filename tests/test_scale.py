@@ -12,6 +12,7 @@ from p2bw.compiler.placement import Limits, candidates, coarsen, solve
 from p2bw.compiler.placement.coarsen import (
     far_by_edges,
     far_in_order,
+    finer_edges,
     finer_stages,
     merged,
     taken_apart,
@@ -20,6 +21,7 @@ from p2bw.compiler.placement.dp import least_by_depth, step_costs
 from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate
 from p2bw.compiler.placement.ideals import make_family, make_steps
 from p2bw.compiler.placement.instance import make_instance
+from p2bw.compiler.placement.relays import skips
 from p2bw.compiler.placement.skeleton import skeleton, without
 from p2bw.compiler.problem import BlockCost, PlacementProblem, TensorCost
 from p2bw.runtime.errors import InfeasibleError
@@ -55,9 +57,13 @@ def test_a_coarse_placement_is_a_fine_one_with_the_same_numbers(problem, data):
     depth = data.draw(st.integers(1, min(coarse.size, problem.topology.gpus)))
     shape = Shape(depth, problem.topology.gpus // depth)
     stages = sorted(data.draw(st.integers(0, depth - 1)) for _ in range(coarse.size))
-    again = choose_recompute(coarse, shape, stages, "auto")
-    mine = evaluate(coarse, shape, stages, again)
-    theirs = evaluate(fine, shape, finer_stages(fine, coarse, stages), again)
+    edges = range(len(coarse.edges))
+    relayed = frozenset(data.draw(st.sets(st.sampled_from(edges)))) if edges else frozenset()
+    relayed &= set(skips(coarse, stages))
+    again = choose_recompute(coarse, shape, stages, "auto", relayed)
+    mine = evaluate(coarse, shape, stages, again, relayed)
+    below = finer_edges(fine, coarse, relayed)
+    theirs = evaluate(fine, shape, finer_stages(fine, coarse, stages), again, below)
     assert (mine.stages, mine.links) == (theirs.stages, theirs.links)
     assert mine.feasible == theirs.feasible
 

@@ -4,7 +4,7 @@ Groups merge where a cut would be costly, as long as they stay small. Around the
 they are taken apart again, so that a search that starts from it can move the cuts a little.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -71,6 +71,23 @@ def finer_stages(fine: Instance, coarse: Instance, stages: Sequence[int]) -> tup
         for block in blocks
     }
     return tuple(home[blocks[0]] for blocks in fine.groups)
+
+
+def finer_edges(fine: Instance, coarse: Instance, some: Collection[int]) -> frozenset[int]:
+    """The edges of `fine` that are one of some edges of `coarse`."""
+    home = {block: group for group, blocks in enumerate(coarse.groups) for block in blocks}
+    of = [home[blocks[0]] for blocks in fine.groups]
+    ends = {(e.producer, e.consumers, e.saved) for e in (coarse.edges[i] for i in some)}
+    return frozenset(
+        i
+        for i, edge in enumerate(fine.edges)
+        if (
+            of[edge.producer],
+            tuple(sorted({of[c] for c in edge.consumers} - {of[edge.producer]})),
+            edge.saved,
+        )
+        in ends
+    )
 
 
 def taken_apart(sets: Sets, far: Numbers, reach: float) -> Sets:

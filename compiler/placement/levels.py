@@ -14,6 +14,7 @@ from p2bw.compiler.placement.candidates import Candidate, Model, make_candidates
 from p2bw.compiler.placement.coarsen import (
     far_by_edges,
     far_in_order,
+    finer_edges,
     finer_stages,
     merged,
     taken_apart,
@@ -24,7 +25,7 @@ from p2bw.compiler.placement.evaluate import Shape
 from p2bw.compiler.placement.ideals import make_family, make_steps
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.result import Limits, Progress
-from p2bw.compiler.placement.search import Search
+from p2bw.compiler.placement.search import Search, judge_candidate
 from p2bw.compiler.placement.skeleton import skeleton
 
 COARSE_SHARE = 0.25  # of CP-SAT's time, for the coarse graph if nothing else finds a placement
@@ -72,11 +73,16 @@ def _adopt(search: Search, models: Sequence[Model], best: Candidate) -> None:
     size = best.model.instance.problem.microbatch
     (model,) = (model for model in models if model.instance.problem.microbatch == size)
     stages = finer_stages(model.instance, best.model.instance, best.stages)
+    relayed = finer_edges(
+        model.instance, best.model.instance, judge_candidate(best, best.stages).relayed
+    )
     for candidate in search.candidates:
         if candidate.model.instance is model.instance and candidate.shape == best.placed:
-            search.offer(candidate, stages)
-            return
-    search.offer(Candidate(model, best.placed, 0.0), stages)
+            break
+    else:
+        candidate = Candidate(model, best.placed, 0.0)
+    candidate.relayed = relayed
+    search.offer(candidate, stages)
 
 
 def _tighten(search: Search, model: Model) -> None:
