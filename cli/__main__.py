@@ -141,7 +141,10 @@ def compile_command(
         str | None, typer.Option(help="Memory of each device, if not the preset's: 12GiB.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="p3.16xlarge[:nodes], dgx-a100 ... or a TOML file.")
+        str | None,
+        typer.Option(
+            help="p3.16xlarge[:nodes], 8xv100-16+4xa100-40, a .toml file, or nvidia-smi's .txt."
+        ),
     ] = None,
     schedule: Annotated[str, typer.Option(help="2bw or flush.")] = "2bw",
     depth: Annotated[int | None, typer.Option(help="Stages.  [searched]")] = None,
