@@ -3,17 +3,14 @@
 import json
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from p2bw import __version__
-
-if TYPE_CHECKING:
-    from p2bw.compiler.placement.stop import Stop
 
 app = typer.Typer(
     name="p2bw",
@@ -119,16 +116,6 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _stop(limit: float | None, say: Callable[[str], None]) -> "Stop":
-    """Ends a search at the limit or on Ctrl-C, and keeps what it has found."""
-    from p2bw.compiler.placement.stop import Stop
-    from p2bw.runtime.errors import UsageError
-
-    if limit is not None and not 0 < limit < float("inf"):
-        raise UsageError(f"--limit {limit:g}: give seconds, more than 0")
-    return Stop(limit, lambda: say("stopping, the best plan so far is kept; Ctrl-C again aborts"))
-
-
 @app.command("compile")
 def compile_command(
     model: Annotated[str, typer.Argument(metavar="MODEL[:FACTORY]", help="The model file.")],
@@ -176,7 +163,7 @@ def compile_command(
     """Trace MODEL, place it on the devices and write readable stage code."""
     with _reporting(debug):
         from p2bw.compiler.driver import compile_model
-        from p2bw.progress import progress
+        from p2bw.progress import progress, stopping
         from p2bw.runtime.modelfile import parse_settings
         from p2bw.tables import print_plan, print_seconds
 
@@ -198,7 +185,7 @@ def compile_command(
                 microbatches=microbatches,
                 recompute=recompute,
                 gap=gap,
-                stop=_stop(limit, say),
+                stop=stopping(limit, say),
                 dump_passes=dump_passes,
                 problem=problem,
                 progress=say,
@@ -340,7 +327,7 @@ def solve_command(
     with _reporting(debug):
         from p2bw.compiler.devices import parse_bytes
         from p2bw.compiler.solve import solve_file
-        from p2bw.progress import progress
+        from p2bw.progress import progress, stopping
         from p2bw.tables import print_solution
 
         with progress(quiet) as say:
@@ -352,7 +339,7 @@ def solve_command(
                 bandwidth=bandwidth,
                 memory=None if memory is None else parse_bytes(memory),
                 gap=gap,
-                stop=_stop(limit, say),
+                stop=stopping(limit, say),
                 progress=say,
             )
         if as_json:
@@ -381,7 +368,7 @@ def explain_command(
         from p2bw.compiler.explanation import explain_file
         from p2bw.compiler.placement.cures import NoPlanError
         from p2bw.explanation import print_explanation
-        from p2bw.progress import progress
+        from p2bw.progress import progress, stopping
 
         try:
             with progress(quiet) as say:
@@ -390,7 +377,7 @@ def explain_command(
                     depth=depth,
                     width=width,
                     recompute=recompute,
-                    stop=_stop(limit, say),
+                    stop=stopping(limit, say),
                     progress=say,
                 )
         except NoPlanError as error:

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from p2bw.compiler.placement.stop import Stop
 
 
 @contextmanager
@@ -18,3 +22,13 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield lambda message: status.update(message)
+
+
+def stopping(limit: float | None, say: Callable[[str], None]) -> "Stop":
+    """Ends a search at the limit or on Ctrl-C, and keeps what it has found."""
+    from p2bw.compiler.placement.stop import Stop
+    from p2bw.runtime.errors import UsageError
+
+    if limit is not None and not 0 < limit < float("inf"):
+        raise UsageError(f"--limit {limit:g}: give seconds, more than 0")
+    return Stop(limit, lambda: say("stopping, the best plan so far is kept; Ctrl-C again aborts"))

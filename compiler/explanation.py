@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from p2bw.compiler.placement.cures import Request
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import choose_recompute
 from p2bw.compiler.placement.explain import Explanation, Placed, explain, place
+from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop

@@ -13,7 +13,8 @@ from test_placement import chain, topology, weighty
 
 from p2bw.compiler.devices import GIB, find_device, parse_bytes
 from p2bw.compiler.placement import Limits, solve
-from p2bw.compiler.placement.cures import NoPlanError, with_devices, with_memory
+from p2bw.compiler.placement.changes import with_devices, with_memory
+from p2bw.compiler.placement.cures import NoPlanError
 from p2bw.compiler.placement.evaluate import Shape, evaluate
 from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.stop import Stop

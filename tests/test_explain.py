@@ -12,8 +12,9 @@ from test_placement import chain, topology, weighty
 from p2bw.compiler.driver import compile_model
 from p2bw.compiler.explanation import explain_file
 from p2bw.compiler.placement import solve
-from p2bw.compiler.placement.cures import Request, with_memory
+from p2bw.compiler.placement.changes import with_memory
 from p2bw.compiler.placement.explain import explain, place
+from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.problem import TensorCost, Times

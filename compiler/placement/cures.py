@@ -11,17 +11,13 @@ from typing import Any, Literal
 
 from p2bw.compiler import units
 from p2bw.compiler.devices import GIB, MIB, Device
-from p2bw.compiler.placement.candidates import Model, make_models
-from p2bw.compiler.placement.dp import Recompute
+from p2bw.compiler.placement.changes import dropped, exact_bytes, with_devices, with_memory
+from p2bw.compiler.placement.feasible import Oracle, Request
 from p2bw.compiler.placement.result import Limits
-from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.plan import Schedule
-from p2bw.compiler.problem import Constraints, PlacementProblem
-from p2bw.compiler.topology import MAX_GPUS, Topology
-from p2bw.runtime.errors import InfeasibleError, ModelError, UsageError
+from p2bw.compiler.topology import MAX_GPUS
+from p2bw.runtime.errors import InfeasibleError
 
-DETERMINISTIC_S = 20.0  # of CP-SAT for all cures
-ONE_S = 2.0  # of that, for one question
 MAX_DEPTH = 256  # deepest pipeline that is tried
 MAX_MEMORY = 2**50
 MAX_DROPPED = 64  # constraints of one kind that are dropped, one at a time
@@ -37,35 +33,6 @@ Kind = Literal[
     "memory",
     "devices",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What `solve` was asked: which shapes of which problems."""
-
-    problems: tuple[PlacementProblem, ...]  # by microbatch size
-    depths: tuple[int, ...] | None
-    widths: tuple[int, ...] | None
-    recompute: Recompute
-    # The problem at other microbatch sizes.
-    sizes: Mapping[int, PlacementProblem] | Callable[[int], PlacementProblem]
-
-    @property
-    def problem(self) -> PlacementProblem:
-        return self.problems[0]
-
-    def changed(self, **fields: object) -> "Request":
-        """With other fields in all problems."""
-        return replace(self, problems=tuple(p.model_copy(update=fields) for p in self.problems))
-
-    def at(self, size: int) -> PlacementProblem | None:
-        """The problem at a microbatch size, if there is one."""
-        if isinstance(self.sizes, Mapping):
-            return self.sizes.get(size)
-        try:
-            return self.sizes(size)
-        except ModelError:  # some models refuse some sizes
-            return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,76 +82,13 @@ def infeasible(reason: str, request: Request, limits: Limits) -> NoPlanError:
 
 def find_cures(request: Request, limits: Limits | None = None) -> list[Cure]:
     """The smallest changes of every kind that make an infeasible request feasible."""
-    return list(_Cures(request, _Oracle(limits or Limits())).all())
-
-
-class _Oracle:
-    """Says of a request whether anything fits; None: not settled within the limits."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = replace(limits, any_will_do=True)
-        self._left = min(DETERMINISTIC_S, limits.deterministic_s)
-        self._key: object = None
-        self._models: list[Model] = []
-
-    def __call__(self, request: Request) -> bool | None:
-        if self._limits.stop():
-            return None
-        limits = replace(self._limits, deterministic_s=max(0.0, min(self._left, ONE_S)))
-        try:
-            models = self._make(request)
-            search = search_models(models, request.depths, request.widths, limits)
-        except (InfeasibleError, UsageError):  # contradictory, or too many stages to ask for
-            return False
-        self._left -= search.spent
-        if search.best is not None:
-            return True
-        return None if search.open() else False
-
-    def _make(self, request: Request) -> list[Model]:
-        key = (tuple(map(id, request.problems)), request.recompute)
-        if self._key != key:
-            problems = _least(request.problems)
-            self._models = make_models(problems, request.recompute, self._limits.ideals)
-            self._key = key
-            self._problems = request.problems  # kept, so that their ids stay theirs
-        return self._models
-
-
-def _least(problems: Sequence[PlacementProblem]) -> list[PlacementProblem]:
-    """Without those that need as much as another everywhere, or more: they fit only if it does."""
-    kept: list[PlacementProblem] = []
-    for problem in problems:
-        if not any(_is_no_more(known, problem) for known in kept):
-            kept.append(problem)
-    return kept
-
-
-def _is_no_more(one: PlacementProblem, other: PlacementProblem) -> bool:
-    """The same blocks, tensors and parameters, none of them larger."""
-    if [(t.producer, t.consumers) for t in one.tensors] != [
-        (t.producer, t.consumers) for t in other.tensors
-    ] or [p.blocks for p in one.parameters] != [p.blocks for p in other.parameters]:
-        return False
-    first, second = _sizes(one), _sizes(other)
-    return len(first) == len(second) and all(map(int.__le__, first, second))
-
-
-def _sizes(problem: PlacementProblem) -> list[int]:
-    found = [b.stash_bytes for b in problem.blocks]
-    found += [b.transient_bytes for b in problem.blocks]
-    found += [b.buffer_bytes for b in problem.blocks]
-    for p in problem.parameters:
-        found += [p.bytes, p.gradient_bytes, p.optimizer_bytes]
-    for t in problem.tensors:
-        found += [t.bytes, t.gradient_bytes, int(t.saved)]
-    return found
+    return list(_Cures(request, Oracle(limits or Limits())).all())
 
 
 class _Cures:
     """The searches for the smallest change of each kind."""
 
-    def __init__(self, request: Request, fits: _Oracle) -> None:
+    def __init__(self, request: Request, fits: Oracle) -> None:
         self.request = request
         self.fits = fits
 
@@ -388,7 +292,7 @@ class _Cures:
     def _constraints(self) -> Iterator[Cure]:
         """Each constraint without which something fits."""
         constraints = self.request.problem.constraints
-        for field, options in _dropped(constraints).items():
+        for field, options in dropped(constraints).items():
             none = constraints.model_copy(update={field: type(getattr(constraints, field))()})
             if not options or not self.fits(self.request.changed(constraints=none)):
                 continue
@@ -406,67 +310,3 @@ class _Cures:
                 ),
                 lambda n: f"max_stages {n}",
             )
-
-
-def _dropped(constraints: Constraints) -> dict[str, list[tuple[str, object]]]:
-    """For each field: what to say, and the field's value without one of its entries."""
-
-    def without(entries: tuple[object, ...], i: int) -> object:
-        return entries[:i] + entries[i + 1 :]
-
-    pin = constraints.pin
-    return {
-        "pin": [
-            (
-                f"without the pin of {name} to stage {stage}",
-                {other: k for other, k in pin.items() if other != name},
-            )
-            for name, stage in pin.items()
-        ],
-        "together": [
-            (f"without {_few(names)} together", without(constraints.together, i))
-            for i, names in enumerate(constraints.together)
-        ],
-        "apart": [
-            (f"without {a} and {b} apart", without(constraints.apart, i))
-            for i, (a, b) in enumerate(constraints.apart)
-        ],
-        "never_cut": [
-            (f"without never_cut of {name}", without(constraints.never_cut, i))
-            for i, name in enumerate(constraints.never_cut)
-        ],
-    }
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 4 else f"{names[0]} .. {names[-1]}"
-
-
-def with_memory(topology: Topology, device: Device, size: int) -> Topology:
-    """Another memory on all devices of one kind."""
-    larger = replace(device, memory_bytes=size)
-    return replace(
-        topology,
-        device=larger if topology.device == device else topology.device,
-        more=tuple(
-            replace(run, device=larger) if run.device == device else run for run in topology.more
-        ),
-    )
-
-
-def with_devices(topology: Topology, gpus: int) -> Topology:
-    """More devices of the first kind; the outermost level takes them."""
-    inside = 1
-    for level in topology.levels[:-1]:
-        inside *= level.size
-    outer = topology.levels[-1]
-    outer = replace(outer, size=max(outer.size, -(-gpus // inside)))
-    return replace(topology, gpus=gpus, levels=(*topology.levels[:-1], outer))
-
-
-def exact_bytes(size: int) -> str:
-    """'17412MiB': bytes as the option --memory takes them, exactly."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
-        if size % unit == 0:
-            return f"{size // unit}{name}"
-    return f"{size}B"

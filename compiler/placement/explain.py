@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from p2bw.compiler import units
-from p2bw.compiler.placement.cures import MAX_MEMORY, Request, with_memory
+from p2bw.compiler.placement.changes import with_memory
+from p2bw.compiler.placement.cures import MAX_MEMORY
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import Evaluation, Shape, evaluate
+from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.instance import Instance, make_instance
 from p2bw.compiler.placement.marginal import Gain, find_gains
 from p2bw.compiler.placement.relays import judge

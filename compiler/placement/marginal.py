@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from p2bw.compiler.devices import GIB
-from p2bw.compiler.placement.cures import Request, with_devices, with_memory
+from p2bw.compiler.placement.changes import with_devices, with_memory
+from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.search import solve
 from p2bw.compiler.placement.stop import Interrupted

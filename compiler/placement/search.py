@@ -76,7 +76,8 @@ def solve(
                 "none ruled out; raise the limit, fix --depth, or offer more memory"
             )
         reason = why_infeasible(models, [candidate.shape for candidate in search.candidates])
-    from p2bw.compiler.placement.cures import Request, infeasible
+    from p2bw.compiler.placement.cures import infeasible
+    from p2bw.compiler.placement.feasible import Request
 
     if progress is not None:
         progress(Progress(phase="cures", done=0, total=0, samples_per_s=None, bound=0.0))
