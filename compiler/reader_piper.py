@@ -14,6 +14,7 @@ from p2bw.compiler.placement.variants import Edge, Variant, VariantNode, Variant
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Degree = Annotated[int, Field(ge=1)]
+AGREE = "variants of one degree that differ here are not supported"
 UNIT = "in the file's unit of time per microbatch"
 
 
@@ -70,19 +71,7 @@ def read_piper(text: bytes) -> VariantProblem:
         nodes=tuple(
             VariantNode(
                 name=str(node.id),
-                variants={
-                    degree: tuple(
-                        Variant(
-                            name=own.id,
-                            time=own.time,
-                            parameters=own.parameters,
-                            per_microbatch=own.per_microbatch,
-                            fixed=own.fixed,
-                        )
-                        for own in variants
-                    )
-                    for degree, variants in node.variants.items()
-                },
+                variants={degree: _variants(own) for degree, own in node.variants.items()},
             )
             for node in file.nodes
         ),
@@ -107,6 +96,19 @@ def read_piper(text: bytes) -> VariantProblem:
         microbatches=file.microbatches,
         bandwidth=file.bandwidth,
         unit=UNIT,
+    )
+
+
+def _variants(variants: tuple[_Variant, ...]) -> tuple[Variant, ...]:
+    return tuple(
+        Variant(
+            name=own.id,
+            time=own.time,
+            parameters=own.parameters,
+            per_microbatch=own.per_microbatch,
+            fixed=own.fixed,
+        )
+        for own in variants
     )
 
 
@@ -153,6 +155,3 @@ def _check_variants(file: _File, where: str, node: _Node) -> None:
                 raise ValueError(f"{here}.{i}.syncTimeFw: {variants[0].id} has another; {AGREE}")
             if own.sync_backward != variants[0].sync_backward:
                 raise ValueError(f"{here}.{i}.syncTimeBw: {variants[0].id} has another; {AGREE}")
-
-
-AGREE = "variants of one degree that differ here are not supported"

@@ -3,7 +3,7 @@
 A node's useful variants, from the fastest to the smallest, form a staircase of time and memory;
 its lower hull gives steps, each of which buys memory for time. Steps taken in the order of what
 they cost per byte, the last one in part, are the relaxation's optimum: a lower bound, and a choice
-once the last step is taken whole. Branching on that last step's node closes what is left.
+once the last step is taken whole. A dynamic program over the nodes closes what is left.
 Times and sizes are whole numbers, exact in floats.
 """
 
@@ -46,11 +46,10 @@ def staircase(options: Sequence[Option]) -> Staircase:
     return tuple(kept)
 
 
-def hull(stairs: Staircase, low: int, high: int) -> list[int]:
-    """Places low..high on the lower hull: each step costs more time per byte than the last."""
+def hull(stairs: Staircase) -> list[int]:
+    """Places on the lower hull: each step costs more time per byte than the one before."""
     kept: list[int] = []
-    for place in range(low, high + 1):
-        option = stairs[place]
+    for place, option in enumerate(stairs):
         while len(kept) > 1:
             first, last = stairs[kept[-2]], stairs[kept[-1]]
             saved, spent = first.size - last.size, last.time - first.time
@@ -89,7 +88,7 @@ class Knapsack:
         steps = sorted(
             (_slope(own, i, j), v, i, own[j].time - own[i].time, own[i].size - own[j].size)
             for v, own in enumerate(stairs)
-            for i, j in pairwise(hull(own, 0, len(own) - 1))
+            for i, j in pairwise(hull(own))
         )
         self.step_node = np.array([v for _, v, _, _, _ in steps], np.int64)
         self.step_first = np.array([i == 0 for _, _, i, _, _ in steps], bool)

@@ -87,9 +87,9 @@ def judge_stages(problem: VariantProblem, stages: Sequence[VariantStage]) -> tup
         inside = set(stage.nodes)
         moved = []
         for edge in problem.edges:
-            if (edge.source in inside) and edge.target not in inside:
+            if edge.source in inside and edge.target not in inside:
                 moved.append(2 * (edge.bytes + edge.sync_source[stage.degree]))
-            if (edge.target in inside) and edge.source not in inside:
+            if edge.target in inside and edge.source not in inside:
                 moved.append(2 * (edge.bytes + edge.sync_target[stage.degree]))
         exchanged = math.fsum(variant.parameters for variant in stage.variants)
         exchanged *= 4 * (stage.replicas - 1) / problem.microbatches
