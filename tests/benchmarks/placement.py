@@ -11,7 +11,6 @@ placement of that baseline fits the memory; "-": it has none. Ends with 1 if a b
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate
 from p2bw.compiler.placement.instance import PS, make_instance
 from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer, judge_loads
 from p2bw.compiler.placement.profile import ProfileProblem, judge_profile
-from p2bw.compiler.problem import PlacementProblem, read_problem
+from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
 from p2bw.compiler.solve import solve_file
 
@@ -139,20 +138,24 @@ def compare_blocks(name: str, problem: PlacementProblem, parts: int) -> Row:
 
 def problem_of(path: Path, factory: str, microbatch: int, cluster: str) -> PlacementProblem:
     """The placement problem of a model; traced once, for every number of stages."""
-    from p2bw.compiler.driver import compile_model
+    from p2bw.compiler.lower import placement_problem
+    from p2bw.compiler.optimizer_state import optimizer_bytes
+    from p2bw.compiler.topology import make_topology
+    from p2bw.compiler.trace import trace
+    from p2bw.passes import pipeline, run_passes
+    from p2bw.runtime.modelfile import load_model_file
 
-    with tempfile.TemporaryDirectory() as folder:
-        compile_model(
-            path,
-            factory=factory,
-            cluster=cluster,
-            depth=min(STAGES),
-            width=1,
-            microbatch=microbatch,
-            out=Path(folder, "out"),
-            problem=Path(folder, "problem.json"),
-        )
-        return read_problem(Path(folder, "problem.json"))
+    topology = make_topology(cluster=cluster)
+    file = load_model_file(path, factory, {})
+    program = run_passes(trace(file, microbatch), pipeline(topology.device))
+    return placement_problem(
+        program,
+        topology=topology,
+        schedule="2bw",
+        microbatches=None,
+        optimizer=optimizer_bytes(file, program.parameters.values()),
+        on={},
+    )
 
 
 # Published problems: LoadProblem, ProfileProblem
@@ -239,9 +242,11 @@ def compare_files(files: Sequence[Path], stages: Sequence[int] | None) -> Iterat
         if isinstance(problem, LoadProblem | ProfileProblem):
             for parts in stages or (None,):
                 yield compare_nodes(path, problem, parts)
-        else:
+        elif isinstance(problem, PlacementProblem):
             for parts in stages or STAGES:
                 yield compare_blocks(path.stem, problem, parts)
+        else:
+            raise SystemExit(f"{path}: baselines do not choose among variants of a node")
 
 
 def compare_models(
@@ -249,7 +254,7 @@ def compare_models(
 ) -> Iterator[Row]:
     for name in names:
         file, factory, microbatch = MODELS[name]
-        say(f"{name}: compiling")
+        say(f"{name}: tracing")
         problem = problem_of(EXAMPLES / file, factory, microbatch, cluster)
         for parts in stages or STAGES:
             say(f"{name}: {len(problem.blocks)} blocks on {parts} stages")
