@@ -23,6 +23,7 @@ from p2bw.compiler.placement.infeasible import why_infeasible
 from p2bw.compiler.placement.layouts import best_kinds, improve, lay_out, list_layouts
 from p2bw.compiler.placement.relays import Judgement, judge, relayed_tensors
 from p2bw.compiler.placement.result import Limits, Placement, Progress
+from p2bw.compiler.placement.rows import row_placements
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError
@@ -207,6 +208,9 @@ class Search:
             candidate = left[0]
             self._report("CP-SAT")
             tried.add(id(candidate))
+            self._rows(candidate)
+            if candidate.closed_by:
+                continue
             found = solve_shape(
                 candidate.model.instance,
                 candidate.shape,
@@ -225,6 +229,17 @@ class Search:
                 candidate.relayed = found.relayed
                 self.offer(candidate, found.stages)
             self._close(candidate, "CP-SAT")
+
+    def _rows(self, candidate: Candidate) -> None:
+        """Offer what cuts of a row of the groups give, if that is better than all so far."""
+        model = candidate.model
+        for stages in row_placements(model.instance, candidate.placed):
+            found = judge(model.instance, candidate.placed, stages, model.recompute)
+            rate = candidate.rate(found.evaluation.busiest_s)
+            if found.evaluation.feasible and rate > self.rate * (1 + TOLERANCE):
+                candidate.relayed = found.relayed
+                self.offer(candidate, stages)
+        self._close(candidate, "rows")
 
     def _costs(self, candidate: Candidate, upper_s: float) -> StepCosts:
         model, steps = candidate.model, candidate.model.costs.steps

@@ -5,8 +5,9 @@
 
 Prints our objective, its proven gap and our seconds; then how many times worse each baseline's
 placement is (baselines.py says how each is defined). A pipeline of d stages of one device each;
-a stage recomputes its forward where its stash would not fit, whoever placed it. "too big": no
-placement of that baseline fits the memory; "-": it has none. Ends with 1 if a baseline is better.
+a stage recomputes its forward where its stash would not fit, and tensors that skip stages are
+relayed where that helps, whoever placed it. "too big": no placement of that baseline fits the
+memory; "-": it has none. Ends with 1 if a baseline is better.
 """
 
 import argparse
@@ -21,10 +22,11 @@ from baselines import BASELINES, Graph
 
 from p2bw.compiler.placement import solve_fixed
 from p2bw.compiler.placement.contract import components
-from p2bw.compiler.placement.evaluate import Shape, choose_recompute, evaluate
+from p2bw.compiler.placement.evaluate import Shape
 from p2bw.compiler.placement.instance import PS, make_instance
 from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer, judge_loads
 from p2bw.compiler.placement.profile import ProfileProblem, judge_profile
+from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
 from p2bw.compiler.solve import solve_file
@@ -119,8 +121,7 @@ def compare_blocks(name: str, problem: PlacementProblem, parts: int) -> Row:
     graph = graph_of_blocks(problem, parts)
 
     def judged(place: Sequence[int]) -> tuple[float, bool]:
-        again = choose_recompute(instance, shape, place, "auto")
-        found = evaluate(instance, shape, place, again)
+        found = judge(instance, shape, place, "auto").evaluation
         return found.period_s, found.feasible
 
     return Row(
