@@ -26,7 +26,7 @@ def print_explanation(found: Explanation) -> None:
     """The limits that bind, everyone's slack, moves next to the cuts, and marginal values."""
     out = console()
     width = min(out.width, WIDTH)
-    proof = "proven optimal" if found.status == "optimal" else "not proven optimal"
+    proof = f"within {100 * found.gap:.2f} % of the best" if found.gap else "proven optimal"
     out.print(
         escape(
             f"{found.depth} stages x {found.width} replicas, {found.schedule}, microbatch "
@@ -46,8 +46,8 @@ def print_explanation(found: Explanation) -> None:
     if found.best_samples_per_s > found.samples_per_s:
         depth, width = found.best_shape
         out.print(
-            f"note        {depth} stages x {width} replicas would do "
-            f"{found.best_samples_per_s:.4g} samples/s; what follows is compared with that"
+            f"best        {depth} stages x {width} replicas do {found.best_samples_per_s:.4g} "
+            "samples/s; what follows is compared with that"
         )
     if found.gains:
         out.print(_gains(found), width=width)

@@ -85,5 +85,5 @@ def _placed(plan: Plan, recompute: Recompute) -> Placed:
         ranks=tuple(stage.devices for stage in plan.stages),
         stage_of_block={name: stage.index for stage in plan.stages for name in stage.blocks},
         recompute=recompute,
-        optimal=plan.optimality.status == "optimal",
+        gap=plan.optimality.gap,
     )

@@ -4,6 +4,7 @@
 cure says that less may do.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -11,12 +12,14 @@ from typing import Any, Literal
 
 from p2bw.compiler import units
 from p2bw.compiler.devices import GIB, MIB, Device
+from p2bw.compiler.placement.candidates import make_shapes
 from p2bw.compiler.placement.changes import dropped, exact_bytes, with_devices, with_memory
+from p2bw.compiler.placement.dp import least_memory_by_depth
 from p2bw.compiler.placement.feasible import Oracle, Request
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.topology import MAX_GPUS
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.runtime.errors import InfeasibleError, UsageError
 
 MAX_DEPTH = 256  # deepest pipeline that is tried
 MAX_MEMORY = 2**50
@@ -270,14 +273,19 @@ class _Cures:
             changed = with_memory(topology, device, now + more)
             return self.fits(self.request.changed(topology=changed))
 
-        if not enough(MAX_MEMORY - now):
+        low, high, refuted = 0, self._missing(device) or max(1, now // 64), True
+        found = enough(high)
+        if not found and not enough(MAX_MEMORY - now):
             return None
-        low, high, refuted = 0, max(1, now // 64), True
-        while not (found := enough(high)):
+        while not found:
             low, refuted = high, found is False
             high = min(2 * high, MAX_MEMORY - now)
+            found = enough(high)
+        first = True
         while high - low > max(1, high // 200):
-            middle = (low + high) // 2
+            # The guess is mostly right: a little less is the first question.
+            middle = max(low + 1, high - high // 200 - 1) if first else (low + high) // 2
+            first = False
             found = enough(middle)
             if found:
                 high = middle
@@ -288,6 +296,20 @@ class _Cures:
             if (tidy - now) * 99 <= low * 100 and enough(tidy - now):
                 return tidy, refuted
         return now + high, refuted
+
+    def _missing(self, device: Device) -> int:
+        """More bytes that the dynamic program asks for; a guess. 0: it has none."""
+        try:
+            model = self.fits.models(self.request)[0]
+            shapes = make_shapes(model.instance, self.request.depths, self.request.widths)
+        except (InfeasibleError, UsageError):
+            return 0
+        depths = [shape.depth for shape in shapes]
+        needs = least_memory_by_depth((model.coarse or model).costs, max(depths))
+        least = min(needs[depth - 1] for depth in depths)
+        if not model.instance.limit < least < MAX_MEMORY:
+            return 0
+        return math.ceil((least - model.instance.limit) / (1 - device.lost_fraction)) + 1
 
     def _constraints(self) -> Iterator[Cure]:
         """Each constraint without which something fits."""

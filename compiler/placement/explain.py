@@ -29,7 +29,7 @@ class Placed:
     ranks: tuple[tuple[int, ...], ...]  # by stage and replica
     stage_of_block: Mapping[str, int]
     recompute: Recompute
-    optimal: bool  # proven: no placement is faster
+    gap: float  # nothing is faster by more than this share
 
     @property
     def shape(self) -> Shape:
@@ -89,7 +89,7 @@ class Explanation:
     microbatch: int
     schedule: str
     recompute: Recompute
-    status: Literal["optimal", "feasible"]
+    gap: float  # nothing has more samples per second by more than this share; 0: proven optimal
     period_s: float
     samples_per_s: float
     binding: tuple[Binding, ...]
@@ -112,7 +112,7 @@ def place(request: Request, limits: Limits, say: Say = lambda message: None) -> 
         ranks=found.devices,
         stage_of_block=found.stage_of_block,
         recompute=request.recompute,
-        optimal=found.status == "optimal",
+        gap=found.gap,
     )
 
 
@@ -149,7 +149,7 @@ def explain(
         microbatch=problem.microbatch,
         schedule=problem.schedule,
         recompute=placed.recompute,
-        status="optimal" if placed.optimal else "feasible",
+        gap=placed.gap,
         period_s=now.period_s,
         samples_per_s=rate,
         binding=tuple(binding),
@@ -240,7 +240,7 @@ def _memory(
     """The stages whose memory keeps a pipeline of this shape from being faster."""
     shape, topology = placed.shape, request.problem.topology
     same = Request(request.problems, (shape.depth,), (shape.width,), placed.recompute, {})
-    if not placed.optimal:  # what is faster anyway is no merit of memory
+    if placed.gap:  # what is faster anyway is no merit of memory
         rate = max(rate, _solved(same, limits).samples_per_s)
     for device in topology.kinds:
         topology = with_memory(topology, device, MAX_MEMORY)

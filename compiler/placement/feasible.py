@@ -57,7 +57,7 @@ class Oracle:
             return None
         limits = replace(self._limits, deterministic_s=max(0.0, min(self._left, ONE_S)))
         try:
-            models = self._make(request)
+            models = self.models(request)
             search = search_models(models, request.depths, request.widths, limits)
         except (InfeasibleError, UsageError):  # contradictory, or too many stages to ask for
             return False
@@ -66,7 +66,8 @@ class Oracle:
             return True
         return None if search.open() else False
 
-    def _make(self, request: Request) -> list[Model]:
+    def models(self, request: Request) -> list[Model]:
+        """Of the sizes of microbatch that are not ruled out with another one."""
         key = (tuple(map(id, request.problems)), request.recompute)
         if self._key != key:
             problems = _least(request.problems)
