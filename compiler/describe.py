@@ -111,8 +111,8 @@ def _memory(
     in_flight = placement.depth - graph.index
     if schedule == "flush":
         in_flight = min(in_flight, placement.microbatches_per_update)
-    made, given = _kept_bytes(program, graph)
     again = placement.recompute[graph.index]
+    made, given = _kept_bytes(program, graph, again)
     stash = in_flight * given + made if again else in_flight * (made + given)
     parts = {
         "weights": numbers.weights,
@@ -126,10 +126,14 @@ def _memory(
     return Memory(**parts, total=sum(parts.values()), limit=numbers.limit)
 
 
-def _kept_bytes(program: Program, graph: StageGraph) -> tuple[int, int]:
-    """Bytes kept of one microbatch: made in the stage; given to it (received, or its inputs)."""
+def _kept_bytes(program: Program, graph: StageGraph, again: bool) -> tuple[int, int]:
+    """Bytes kept of one microbatch: made in the stage; given to it (received, or its inputs).
+
+    A received tensor that gets a gradient is kept until the backward, even where the stage only
+    passes it on; to compute the forward again, all that was received is.
+    """
     nodes = frozenset(graph.nodes)
-    given = {t.tensor: t.type.bytes for t in graph.receives if t.gradient}
+    given = {t.tensor: t.type.bytes for t in graph.receives if t.gradient or again}
     made = 0
     for (kind, maker, _), size in dict(kept_storages(program, nodes)).items():
         if kind == "tensor" and maker not in nodes:

@@ -299,7 +299,7 @@ def _place(
 
 def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, str]]:
     program = compiler.program(placement.microbatch)
-    cut = split(program, placement.stage_of_block)
+    cut = split(program, placement.stage_of_block, placement.relayed)
     stages = describe_stages(
         program,
         cut,

@@ -1,7 +1,8 @@
 """A placed Program, cut: what each stage runs, receives and sends."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -12,12 +13,13 @@ from p2bw.compiler.program import Program, TensorType, tensor_arguments
 class Transfer:
     """One tensor on its way from one stage to one other, every microbatch.
 
-    A tensor with several consumer stages is sent to each of them. Where `gradient` is true, its
-    gradient travels back along the same edge.
+    A tensor with several consumer stages is sent to each of them; one that is relayed is sent to
+    the next stage, which sends it to the one after, up to its last reader. Where `gradient` is
+    true, its gradient travels back along the same edge.
     """
 
     tensor: str
-    producer: int
+    producer: int  # the sender: of a relayed tensor, each stage on its way but the last
     consumer: int
     type: TensorType
     gradient: bool
@@ -40,9 +42,20 @@ class StageGraph:
         """Parameters of `Stage.forward`, in order: program inputs, then received tensors."""
         return (*self.inputs, *(transfer.tensor for transfer in self.receives))
 
+    @property
+    def passed_on(self) -> tuple[str, ...]:
+        """Tensors that it receives and sends to the next stage, whether it reads them or not."""
+        received = {transfer.tensor for transfer in self.receives}
+        return tuple(transfer.tensor for transfer in self.sends if transfer.tensor in received)
 
-def split(program: Program, stage_of_block: Mapping[str, int]) -> tuple[StageGraph, ...]:
-    """Cut a program with blocks into stages 0 .. max(stage_of_block)."""
+
+def split(
+    program: Program, stage_of_block: Mapping[str, int], relayed: Collection[str] = ()
+) -> tuple[StageGraph, ...]:
+    """Cut a program with blocks into stages 0 .. max(stage_of_block).
+
+    Tensors go straight to the stages that read them, but for those that are to be `relayed`.
+    """
     assert program.blocks is not None, "group_blocks has not run"
     stage = {node: stage_of_block[block.name] for block in program.blocks for node in block.nodes}
     depth = 1 + max(stage.values())
@@ -50,7 +63,7 @@ def split(program: Program, stage_of_block: Mapping[str, int]) -> tuple[StageGra
     reads: list[set[str]] = [set() for _ in range(depth)]
     for node in program.compute_nodes:
         reads[stage[node.name]].update(argument.name for argument in tensor_arguments(node))
-    transfers = _transfers(program, stage, reads)
+    transfers = _transfers(program, stage, reads, relayed)
 
     def in_order(names: set[str], op: str) -> tuple[str, ...]:
         return tuple(sorted((n for n in names if program.node(n).op == op), key=position.get))  # type: ignore[arg-type]
@@ -76,16 +89,27 @@ def split(program: Program, stage_of_block: Mapping[str, int]) -> tuple[StageGra
 
 
 def _transfers(
-    program: Program, stage: Mapping[str, int], reads: list[set[str]]
+    program: Program,
+    stage: Mapping[str, int],
+    reads: list[set[str]],
+    relayed: Collection[str],
 ) -> tuple[Transfer, ...]:
     found = []
     for node in program.compute_nodes:
         producer = stage[node.name]
-        for consumer, names in enumerate(reads):
-            if consumer != producer and node.name in names:
-                assert consumer > producer, f"{node.name} flows from {producer} to {consumer}"
-                found.append(_transfer(program, node, producer, consumer))
+        readers = [k for k, names in enumerate(reads) if k != producer and node.name in names]
+        assert all(k > producer for k in readers), f"{node.name} flows from {producer} to {readers}"
+        for sender, receiver in _hops(producer, readers, node.name in relayed):
+            found.append(_transfer(program, node, sender, receiver))
     return tuple(found)
+
+
+def _hops(producer: int, readers: list[int], relayed: bool) -> Iterator[tuple[int, int]]:
+    """From where to where a tensor is sent, in the order of the receivers."""
+    if relayed:
+        yield from pairwise(range(producer, max(readers, default=producer) + 1))
+    else:
+        yield from ((producer, reader) for reader in readers)
 
 
 def _transfer(program: Program, node: fx.Node, producer: int, consumer: int) -> Transfer:

@@ -5,7 +5,8 @@ seeded by its position in the original program, so dropout draws the same mask w
 placement has put it. The oracle is the model as the user wrote it, run by eager PyTorch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -100,8 +101,8 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
         for stage in stages:
             copy_state(original, stage)
         loss = _eager(file, original, inputs, targets)
-        staged = _staged(plan, stages, values)
-    return _compare(plan, original, stages, loss, staged)
+        staged, terms = _staged(plan, stages, values)
+    return _compare(plan, original, stages, loss, staged, terms)
 
 
 @contextmanager
@@ -118,8 +119,13 @@ def _eager(file: ModelFile, model: nn.Module, inputs: Any, targets: Any) -> Tens
     return loss.detach()
 
 
-def _staged(plan: Plan, stages: Sequence[nn.Module], values: dict[str, Tensor]) -> Tensor:
-    """Forward through all stages, then backward through them in reverse, as the runtime does."""
+def _staged(
+    plan: Plan, stages: Sequence[nn.Module], values: dict[str, Tensor]
+) -> tuple[Tensor, Counter[str]]:
+    """Forward through all stages, then backward through them in reverse, as the runtime does.
+
+    The loss; and for each tensor that was sent, how many stages it got a gradient from.
+    """
     arrived: dict[tuple[int, str], Tensor] = {}
     produced: list[dict[str, Tensor]] = []
     for k, module in enumerate(stages):
@@ -132,8 +138,7 @@ def _staged(plan: Plan, stages: Sequence[nn.Module], values: dict[str, Tensor]) 
         for send in spec.sends:
             tensor = named[send.tensor].detach().clone()
             arrived[send.peer, send.tensor] = tensor.requires_grad_(send.gradient)
-    loss = _backward(plan, produced, arrived)
-    return loss
+    return _backward(plan, produced, arrived)
 
 
 def _forward(module: nn.Module, spec: Stage, arguments: list[Tensor]) -> dict[str, Tensor]:
@@ -155,13 +160,15 @@ def _forward(module: nn.Module, spec: Stage, arguments: list[Tensor]) -> dict[st
 
 def _backward(
     plan: Plan, produced: list[dict[str, Tensor]], arrived: dict[tuple[int, str], Tensor]
-) -> Tensor:
+) -> tuple[Tensor, Counter[str]]:
     losses = []
+    terms: Counter[str] = Counter()
     for k in reversed(range(plan.depth)):
         spec = plan.stages[k]
         sent = {send.tensor for send in spec.sends}
         roots: list[Tensor] = []
         seeds: list[Tensor | None] = []
+        passed_back: dict[str, Tensor] = {}
         for name, tensor in produced[k].items():
             if name not in sent:
                 losses.append(tensor.detach())
@@ -173,14 +180,24 @@ def _backward(
             if gradient is not None and produced[k][send.tensor].requires_grad:
                 roots.append(produced[k][send.tensor])
                 seeds.append(gradient)
+                passed_back[send.tensor] = gradient
         if roots:
             torch.autograd.backward(roots, seeds)
+        for name in (receive.tensor for receive in spec.receives):
+            own, later = arrived[k, name].grad, passed_back.get(name)
+            if own is not None and (later is None or not torch.equal(own, later)):
+                terms[name] += 1  # a gradient that is only passed back is no term of the sum
     (loss,) = losses
-    return loss
+    return loss, terms
 
 
 def _compare(
-    plan: Plan, original: nn.Module, stages: Sequence[nn.Module], eager: Tensor, staged: Tensor
+    plan: Plan,
+    original: nn.Module,
+    stages: Sequence[nn.Module],
+    eager: Tensor,
+    staged: Tensor,
+    terms: Mapping[str, int],
 ) -> Verification:
     problems = []
     loss_bitwise = torch.equal(eager, staged)
@@ -196,7 +213,7 @@ def _compare(
             if parameter.grad is not None:
                 known = gradients.get(canonical)
                 gradients[canonical] = parameter.grad if known is None else known + parameter.grad
-    explain = _reasons(plan)
+    explain = _reasons(plan, terms)
     differences, compared = [], 0
     for name, parameter in original.named_parameters():
         want, got = parameter.grad, gradients.get(name)
@@ -236,27 +253,26 @@ def _relative(want: Tensor | None, got: Tensor | None) -> float:
     return error / scale if scale else float("inf")
 
 
-def _reasons(plan: Plan) -> Callable[[str, int], str]:
-    """Which gradients may differ by the order of summation, and why.
+def _reasons(plan: Plan, terms: Mapping[str, int]) -> Callable[[str, int], str]:
+    """Which gradients may differ by the order of summation, and why. `terms`: see _staged.
 
     A sum of three or more terms from different stages is added stage by stage here and term by
     term in eager: everything at or before the tensor where the terms meet may differ in the last
     bits.
     """
-    fan_out: dict[str, tuple[int, int]] = {}
-    for stage in plan.stages:
-        for name in {send.tensor for send in stage.sends if send.gradient}:
-            peers = sum(send.tensor == name for send in stage.sends)
-            fan_out[name] = (stage.index, peers)
-    shared = {name: t for name, t in fan_out.items() if t[1] > 1}
+    shared = {
+        name: (next(s.index for s in plan.stages if name in s.results), count)
+        for name, count in terms.items()
+        if count > 1
+    }
     tied = {name: len(t.stages) for t in plan.tied for name in t.names if len(t.stages) > 1}
 
     def reason(parameter: str, stage: int) -> str:
         if parameter in tied:
             return f"the sum over its uses in {tied[parameter]} stages"
-        for name, (producer, peers) in shared.items():
+        for name, (producer, stages) in shared.items():
             if stage <= producer:
-                return f"the sum of the gradients of {name} (stage {producer}) from {peers} stages"
+                return f"the sum of the gradients of {name} (stage {producer}) from {stages} stages"
         return ""
 
     return reason

@@ -179,8 +179,22 @@ def _contradictions(plan: Plan) -> Iterator[str]:
             yield f"{spec.name} goes from stage {source} to stage {target}"
     inputs = {spec.name for spec in plan.inputs}
     for stage in plan.stages:
-        receives = tuple(transfer.tensor for transfer in stage.receives)
-        if stage.arguments != (*stage.inputs, *receives) or not inputs.issuperset(stage.inputs):
-            yield f"stages.{stage.index}.arguments are not its inputs and receives"
-        if missing := {t.tensor for t in stage.sends} - set(stage.results):
-            yield f"stages.{stage.index}.results lack {', '.join(sorted(missing))}"
+        if not inputs.issuperset(stage.inputs):
+            yield f"stages.{stage.index}.inputs are not all among the program's"
+        yield from _stage_contradictions(stage)
+
+
+def _stage_contradictions(stage: Stage) -> Iterator[str]:
+    """What a stage receives and sends, against what its code takes and returns."""
+    where = f"stages.{stage.index}"
+    receives = {transfer.tensor: transfer for transfer in stage.receives}
+    if len(receives) < len(stage.receives):
+        yield f"{where} receives one tensor from two stages"
+    if stage.arguments != (*stage.inputs, *receives):
+        yield f"{where}.arguments are not its inputs and receives"
+    for sent in stage.sends:
+        came = receives.get(sent.tensor, sent)
+        if (came.spec, came.gradient) != (sent.spec, sent.gradient):
+            yield f"{where} passes {sent.tensor} on, but with another shape, dtype or gradient"
+    if missing := {t.tensor for t in stage.sends} - set(stage.results):
+        yield f"{where}.results lack {', '.join(sorted(missing))}"

@@ -47,10 +47,10 @@ class RealRun:
             **program.constants,
         }
 
-    def __call__(self, nodes, received=()):
-        """Values by node name, bytes kept, and how many random operators ran."""
+    def __call__(self, nodes, received=(), leaves=()):
+        """Values by node name, bytes kept (with `leaves`), and how many random operators ran."""
         values = dict(received)
-        kept = {}
+        kept = {leaf.untyped_storage()._cdata: leaf for leaf in leaves}
         mine = {tensor.untyped_storage()._cdata for tensor in self.own.values()}
 
         def pack(tensor):

@@ -30,8 +30,13 @@ def program_of(path: Path, factory: str = "tiny", batch: int = 2) -> tuple[Model
     return file, group_blocks(program)
 
 
-def cut(program: Program, depth: int, seed: int | None = None) -> tuple[StageGraph, ...]:
-    """Stages of equally many blocks; with a seed, each block a little off, edges still forward."""
+def cut(
+    program: Program, depth: int, seed: int | None = None, *, relayed: bool = False
+) -> tuple[StageGraph, ...]:
+    """Stages of equally many blocks; with a seed, each block a little off, edges still forward.
+
+    Tensors that skip stages are sent straight to their readers, or all of them are relayed.
+    """
     assert program.blocks is not None
     rng = random.Random(seed)
     block_of = {node: block.name for block in program.blocks for node in block.nodes}
@@ -44,7 +49,8 @@ def cut(program: Program, depth: int, seed: int | None = None) -> tuple[StageGra
         first = max((stage.get(block_of.get(s, ""), 0) for s in sources), default=0)
         stage[block.name] = min(depth - 1, max(first, wish, 0))
     used = sorted(set(stage.values()))
-    return split(program, {name: used.index(k) for name, k in stage.items()})
+    tensors = [node.name for node in program.compute_nodes] if relayed else []
+    return split(program, {name: used.index(k) for name, k in stage.items()}, tensors)
 
 
 def load(text: str) -> nn.Module:

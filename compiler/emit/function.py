@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from p2bw.compiler.emit.comments import wrapped
 from p2bw.compiler.emit.expr import (
     WIDTH,
     Attr,
@@ -71,6 +72,7 @@ class Function:
                     body.append(f"        with {items}:")
             indent = 12 if context else 8
             body += self._written(line, position, last, indent, shown)
+        body += self._passing_on()
         body += self._return(results, shown)
         return [*signature, *(body or ["        pass"])]
 
@@ -295,6 +297,14 @@ class Function:
         if len(text[-1]) + len(comment) <= WIDTH:
             text[-1] += comment
         return text
+
+    def _passing_on(self) -> list[str]:
+        """A comment that names the arguments among the results."""
+        if not self.body.passed_on:
+            return []
+        names = ", ".join(self.names[number] for number in self.body.passed_on)
+        text = f"{names}: passed on to the next stage as received"
+        return [f"        # {line}" for line in wrapped(text, WIDTH - 10)]
 
     def _return(self, results: Sequence[Node], shown: list[TensorType | None]) -> list[str]:
         if not results:

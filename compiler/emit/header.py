@@ -1,6 +1,6 @@
 """The docstring at the top of a stage file: the stage's numbers, for whoever reads the code."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ class Wire:
     type: TensorType
     bytes: int
     peer: int
+    passed_on: bool = False  # sent as it was received
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +55,18 @@ def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeade
     memory = stage.memory
     kinds = ("weights", "gradients", "optimizer", "stash", "buffers", "transient", "reserve")
 
-    def wires(transfers: Iterable[TransferSpec]) -> tuple[Wire, ...]:
+    received = {transfer.tensor for transfer in stage.receives}
+
+    def wires(
+        transfers: Iterable[TransferSpec], passed_on: Collection[str] = ()
+    ) -> tuple[Wire, ...]:
         return tuple(
             Wire(
                 name=names.get(t.tensor, t.tensor),
                 type=TensorType(t.shape, getattr(torch, t.dtype)),
                 bytes=t.bytes,
                 peer=t.peer,
+                passed_on=t.tensor in passed_on,
             )
             for t in transfers
         )
@@ -81,7 +87,7 @@ def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeade
         memory=tuple((kind, getattr(memory, kind)) for kind in kinds),
         memory_limit=memory.limit,
         receives=wires(stage.receives),
-        sends=wires(stage.sends),
+        sends=wires(stage.sends, passed_on=received),
         origin=f"{plan.model.file}:{plan.model.factory}",
         version=plan.p2bw_version,
     )
@@ -134,6 +140,7 @@ def _outermost(modules: Sequence[str]) -> list[str]:
 
 
 def _wire(verb: str, wire: Wire, direction: str) -> list[str]:
-    text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {direction} stage {wire.peer}"
+    way = f"passed on {direction}" if wire.passed_on else direction
+    text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {way} stage {wire.peer}"
     first, *more = wrapped(text, WIDTH - 12)
     return [f"{verb:<10}  {first}", *(f"{'':<10}  {line}" for line in more)]

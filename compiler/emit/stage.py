@@ -23,6 +23,7 @@ def emit_stage(
     label = names[sent[0]] if len(stage.results) == 1 and sent else ""
     builder = Builder(layout, names)
     root = builder.build()
+    root.bodies[0].passed_on = tuple(stage.arguments.index(name) for name in stage.passed_on)
     classes = classify(root)
     blocks = []
     for cls in classes.order:

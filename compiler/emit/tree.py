@@ -62,6 +62,7 @@ class Body:
     values: list[Value] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
     results: tuple[int, ...] = ()
+    passed_on: tuple[int, ...] = ()  # arguments that a stage returns for the next one
     path: str = ""  # of the module that it was first met in
 
     def same_as(self, other: "Body") -> bool:

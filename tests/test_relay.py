@@ -1,0 +1,281 @@
+"""Tensors that every stage on their way passes on: the code, its gradients, and its training."""
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from annotated import RealRun, annotated
+from corpus import CORPUS, ROOT, Architecture
+from safetensors.torch import load_file
+from staged import compare, cut, program_of
+from test_runtime_compiled import differing
+from test_runtime_processes import torchrun
+
+from p2bw.compiler import driver
+from p2bw.compiler.describe import _kept_bytes
+from p2bw.compiler.placement.result import Placement
+from p2bw.compiler.problem import PlacementProblem
+from p2bw.compiler.split import split
+from p2bw.compiler.verify import TOLERANCE, verify
+from p2bw.runtime.errors import InputFileError
+from p2bw.runtime.job import Job
+from p2bw.runtime.local import Trained, train_in_threads
+from p2bw.runtime.plan import read_plan
+
+# `stem` is read in every stage, twice.
+ECHO = """\
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.outer = nn.Linear(16, 16)
+
+    def forward(self, x, stem):
+        return torch.tanh(self.outer(torch.tanh(self.inner(x + stem)) * stem))
+
+
+class Echo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(16, 16)
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = stem = self.stem(x)
+        for layer in self.layers:
+            x = F.dropout(layer(x, stem), 0.1)
+        return self.head(x).square().mean()
+
+
+def tiny():
+    return Echo()
+
+
+def inputs(batch_size):
+    return (torch.randn(batch_size, 16),)
+"""
+
+Choice = Callable[[list[str]], Collection[str]]  # tensors that skip stages -> those relayed
+Compile = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have: with more, kernels may add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def skipping(problem: PlacementProblem, placement: Placement) -> list[str]:
+    """Tensors that some stage between their producer and their last reader need not see."""
+    stage = placement.stage_of_block
+    return [
+        tensor.name
+        for tensor in problem.tensors
+        if tensor.bytes and max(stage[c] for c in tensor.consumers) > stage[tensor.producer] + 1
+    ]
+
+
+@pytest.fixture
+def compiled_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
+    """compiled_with(choice, path, 3): the artifact of a tiny model in 3 stages with these relays.
+
+    The placement is the solver's own; what it would relay is replaced by the choice.
+    """
+    solve = driver.solve
+
+    def compile_with(choice: Choice, model: Path, depth: int, **options: Any) -> Path:
+        def solved(problems: Any, **given: Any) -> Placement:
+            placement = solve(problems, **given)
+            chosen = choice(skipping(problems(placement.microbatch), placement))
+            assert chosen, "nothing to relay"
+            return replace(placement, relayed=tuple(chosen))
+
+        monkeypatch.setattr(driver, "solve", solved)
+        given = {"factory": "tiny", "gpus": depth, "device": "cpu", "microbatch": 2, **options}
+        out = tmp_path / f"{model.stem}_{len(list(tmp_path.iterdir()))}"
+        return driver.compile_model(model, depth=depth, out=out, **given).artifact
+
+    return compile_with
+
+
+def every(names: list[str]) -> list[str]:
+    return names
+
+
+def every_other(names: list[str]) -> list[str]:
+    return names[::2]
+
+
+def hops(artifact: Path) -> dict[str, list[tuple[int, int]]]:
+    """From which stage to which each tensor is sent."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for stage in read_plan(artifact).stages:
+        for send in stage.sends:
+            found.setdefault(send.tensor, []).append((stage.index, send.peer))
+    return found
+
+
+@pytest.mark.parametrize("example", CORPUS, ids=lambda example: example.name)
+def test_stages_that_relay_compute_what_the_model_computes(example: Architecture) -> None:
+    """Every example, cut evenly and raggedly."""
+    file, program = program_of(example.path, example.factory, example.batch)
+    for depth, seed in ((4, None), (5, 1)):
+        stages = cut(program, depth, seed, relayed=True)
+        assert all(t.consumer == t.producer + 1 for s in stages for t in s.sends)
+        compare(file, program, stages)
+
+
+CASES = [
+    (every, "unet", 3),
+    (every, "unet", 4),
+    (every_other, "unet", 4),
+    (every, "seq2seq", 4),
+    (every, "hf_t5", 3),
+    (every, "hf_t5", 4),
+    (every_other, "hf_t5", 4),
+]
+
+
+@pytest.mark.parametrize(("choice", "name", "depth"), CASES)
+def test_verify_of_relays_is_bitwise(
+    choice: Choice, name: str, depth: int, compiled_with: Compile
+) -> None:
+    artifact = compiled_with(choice, ROOT / "examples" / f"{name}.py", depth)
+    ways = hops(artifact).values()
+    assert any(len(way) > 1 and way[0][1] == way[1][0] for way in ways)
+    assert any(b > a + 1 for way in ways for a, b in way) == (choice is every_other)
+    result = verify(artifact)
+    assert result.problems == ()
+    assert result.loss_bitwise
+    if name == "hf_t5":  # its embedding: tests/test_verify.py
+        assert all(d.reason and d.max_rel <= TOLERANCE for d in result.differences)
+        assert result.bitwise >= result.compared - 1
+    else:
+        assert result.bitwise == result.compared
+
+
+def test_sums_along_a_relay_are_in_eagers_order(tmp_path: Path, compiled_with: Compile) -> None:
+    """Three stages read `stem`, each twice, and two of them pass it on."""
+    (tmp_path / "echo.py").write_text(ECHO)
+    artifact = compiled_with(every, tmp_path / "echo.py", 4)
+    (stem,) = (way for way in hops(artifact).values() if len(way) > 1)
+    assert stem == [(0, 1), (1, 2), (2, 3)]
+    for stage in (1, 2):
+        text = (artifact / "stages" / f"stage_{stage}.py").read_text()
+        assert "# stem: passed on to the next stage as received\n" in text
+        assert "stem" in text.partition("def forward")[2].partition("# stem")[0]
+    result = verify(artifact)
+    assert result.ok
+    assert result.bitwise == result.compared > 0
+
+
+TRAINED = [
+    ("unet", 3, every, "never"),
+    ("unet", 3, every, "always"),
+    ("unet", 4, every_other, "always"),
+    ("seq2seq", 4, every, "never"),
+    ("echo", 4, every, "never"),
+    ("echo", 4, every, "always"),
+]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, compiled_with: Compile) -> list[Job]:
+    (tmp_path / "echo.py").write_text(ECHO)
+    found = []
+    for name, depth, choice, recompute in TRAINED:
+        path = (tmp_path if name == "echo" else ROOT / "examples") / f"{name}.py"
+        artifact = compiled_with(choice, path, depth, recompute=recompute)
+        found.append(Job(artifact=artifact, steps=4, microbatches=depth + 1))
+    return found
+
+
+def test_training_equals_the_reference_bitwise(tmp_path: Path, jobs: list[Job]) -> None:
+    """As threads of one process, and as processes that send their messages over gloo."""
+    listed = [
+        {
+            "artifact": str(job.artifact),
+            "steps": job.steps,
+            "schedule": "2bw",
+            "microbatches": job.microbatches,
+            "out": str(job.artifact),
+        }
+        for job in jobs
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(listed))
+    script = Path(__file__).parent / "many_runs.py"
+    done = torchrun(4, str(script), str(tmp_path / "jobs.json"))
+    assert done.returncode == 0, done.stderr
+    for case, job in zip(TRAINED, jobs, strict=True):
+        assert differing(job, train_in_threads(job)) == [], case
+        ranks = read_plan(job.artifact).ranks
+        sent = Trained(
+            losses=json.loads((job.artifact / "losses.json").read_text()),
+            states=[load_file(job.artifact / f"{rank}.safetensors") for rank in range(ranks)],
+        )
+        assert differing(job, sent) == [], case
+
+
+def test_flush_and_two_replicas_train_the_same(compiled_with: Compile) -> None:
+    path = ROOT / "examples" / "unet.py"
+    for schedule, width in (("flush", 1), ("2bw", 2)):
+        artifact = compiled_with(every, path, 3, gpus=3 * width, width=width, schedule=schedule)
+        job = Job(artifact=artifact, steps=3, schedule=schedule, microbatches=3)
+        assert differing(job, train_in_threads(job)) == []
+
+
+def test_a_stage_that_relays_reads_well(
+    compiled_with: Compile, golden: Callable[[str, str], None]
+) -> None:
+    artifact = compiled_with(every, ROOT / "examples" / "unet.py", 3)
+    golden("relay/stage_1.py", (artifact / "stages" / "stage_1.py").read_text())
+
+
+@pytest.mark.parametrize("name", ["unet", "densenet", "hf_t5"])
+def test_what_a_relaying_stage_keeps_is_counted(name: str) -> None:
+    """Against autograd itself: what it saves, and the leaves that wait for a gradient."""
+    (architecture,) = (example for example in CORPUS if example.name == name)
+    file, program = annotated(architecture)
+    real = RealRun(file, program)
+    values, _, _ = real([node.name for node in program.compute_nodes])
+    stage_of_block = {b.name: 4 * i // len(program.blocks) for i, b in enumerate(program.blocks)}
+    every_tensor = [node.name for node in program.compute_nodes]
+    unread = 0
+    for graph in split(program, stage_of_block, every_tensor):
+        received = {t.tensor: values[t.tensor].detach().clone() for t in graph.receives}
+        for t in graph.receives:
+            received[t.tensor].requires_grad_(t.gradient)
+        leaves = [tensor for tensor in received.values() if tensor.requires_grad]
+        _, kept, _ = real(graph.nodes, received, leaves)
+        assert sum(_kept_bytes(program, graph, again=False)) == kept
+        _, given = _kept_bytes(program, graph, again=True)
+        assert given >= sum(tensor.nbytes for tensor in received.values())
+        read = {a.name for node in graph.nodes for a in program.node(node).all_input_nodes}
+        unread += len(set(graph.passed_on) - read)
+    assert unread
+
+
+def test_a_plan_whose_relay_loses_the_gradient_is_refused(compiled_with: Compile) -> None:
+    artifact = compiled_with(every, ROOT / "examples" / "unet.py", 3)
+    plan = json.loads((artifact / "plan.json").read_text())
+    first, second, _ = plan["stages"]
+    name = next(t["tensor"] for t in second["sends"] if t["tensor"] in second["arguments"])
+    for transfer in (*first["sends"], *second["receives"]):
+        if transfer["tensor"] == name:
+            transfer["gradient"] = False
+    (artifact / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputFileError, match=rf"stages\.1 passes {name} on, but with another"):
+        read_plan(artifact)
