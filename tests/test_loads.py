@@ -293,6 +293,17 @@ def test_leaps_between_blocks_find_what_pairs_find(problem, devices, cpus):
     assert outcome() == want
 
 
+def test_a_tensor_that_passes_a_stage_by_costs_it_nothing():
+    problem = LoadProblem(
+        nodes=tuple(Node(name=name, time=10.0) for name in "abc"),
+        transfers=(Transfer((0, 2), 12.0),),
+        order=((0, 1), (1, 2)),
+        devices=3,
+        unit="s",
+    )
+    assert solve_loads(problem, 3).objective == 22.0  # 30 in one stage; b does not pay
+
+
 def test_cpus_need_their_times(tmp_path):
     from test_placement import topology
 
