@@ -29,7 +29,7 @@ class Positions:
     """The least that is live in each range of positions, and ideals where little is."""
 
     def __init__(self, flow: Flow) -> None:
-        self.time = flow.time
+        self.time, self.sync = flow.time, flow.sync
         self.total = int(flow.time.sum())
         costs = self.total + sum(cost for _, cost in flow.cuts)
         self.shift = max(0, costs.bit_length() - BITS)  # rounds down: the minima stay below
@@ -38,8 +38,13 @@ class Positions:
         self.edges = [self.total * b // POSITIONS for b in range(POSITIONS + 1)]
         self.live: list[int] = []  # INFINITE steps where there is no ideal
         self.ideals: set[int] = set()
+        # What an ideal in each range contains for sure, and what for sure not.
+        rest = self.total - self.above.T @ self.time
+        self.inside = np.array([rest < first for first in self.edges])
+        self.outside = np.array([self.above @ self.time > last for last in self.edges[1:]])
+        self.synced = (self.outside * self.sync) @ self.inside.T  # from range to range
         for b in range(POSITIONS):
-            self._scan(self.edges[b], self.edges[b + 1], keep=b % EVERY == 0)
+            self._scan(b)
 
     def _build(self, flow: Flow) -> None:
         groups, tensors = len(flow.time), len(flow.cuts)
@@ -59,16 +64,15 @@ class Positions:
             np.zeros(len(tails) + 2 * groups, np.int64),
         )
 
-    def _scan(self, first: int, last: int, keep: bool) -> None:
-        inside = self.total - self.above.T @ self.time < first
-        outside = self.above @ self.time > last
+    def _scan(self, b: int) -> None:
+        inside, outside = self.inside[b], self.outside[b]
         least, unit = 0, 4 << self.shift
         for slope in SLOPES:
-            end = last if slope > 0 else first
+            end = self.edges[b + 1] if slope > 0 else self.edges[b]
             found = self._cut(inside, outside, self.time * slope // unit)
             found += -slope * end // unit  # all rounded down, so that the minimum stays below
             least = max(least, found)
-            if found < INFINITE // 2 and keep:
+            if found < INFINITE // 2 and b % EVERY == 0:
                 self.ideals |= self._sides()
         self.live.append(min(least, INFINITE) << self.shift)
 
@@ -104,17 +108,22 @@ class Positions:
         return low
 
     def _least_workers(self, period: int, most: int) -> int:
-        """At least so many are needed: stages go from range to range, links take the least live."""
+        """At least so many are needed: stages go from range to range, links take the least live.
+
+        A stage has at least the time between its ranges, and what is inside the later one for
+        sure and outside the earlier one.
+        """
         never = np.iinfo(np.int32).max // 2
         needed = np.array([-(-live // period) for live in self.live] + [0])
         start = np.array([*self.edges[:-1], self.total])
         least = np.full(POSITIONS + 1, never)
         least[-1] = 0
 
-        def from_(end: int, first: int, own: int) -> int:
+        def from_(end: int, first: int, own: int, synced: Numbers) -> int:
             found = never
             for r in range(max(1, own), most + 1):
-                last = int(np.searchsorted(start, end + r * period, "right"))
+                weight = r * (start - end) + (r - 1) * synced
+                last = int(np.searchsorted(weight, r * r * period, "right"))
                 fits = least[first:last]
                 if first:  # the first stage does not pay for its end
                     fits = np.where(needed[first:last] <= r, fits, never)
@@ -122,5 +131,5 @@ class Positions:
             return found
 
         for b in range(POSITIONS - 1, -1, -1):
-            least[b] = from_(self.edges[b + 1], b + 1, int(needed[b]))
-        return from_(0, 0, 0)
+            least[b] = from_(self.edges[b + 1], b + 1, int(needed[b]), self.synced[b])
+        return from_(0, 0, 0, self.inside @ self.sync)
