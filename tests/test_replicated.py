@@ -230,7 +230,7 @@ def test_no_worse_than_pipedream_with_its_own_objective(name):
         assert period_of(problem, place, replicas) == pytest.approx(found.objective, rel=1e-9)
 
 
-@pytest.mark.parametrize(("workers", "gap"), [(4, 0.03), (8, 0.03), (16, 0.08)])
+@pytest.mark.parametrize(("workers", "gap"), [(4, 0.02), (8, 0.02), (16, 0.06)])
 def test_nasnet_which_pipedream_does_not_finish(workers, gap):
     path = published("nasnetamobile")
     found = solve_file(path, stages=workers, replication="per-stage")
@@ -249,6 +249,17 @@ def test_a_limit_that_pipedream_breaks_is_kept():
     assert found.objective > free.objective
     with pytest.raises(InfeasibleError, match=r"4 workers fits into 8e\+09 bytes.*\(--memory\)"):
         solve_file(path, stages=4, replication="per-stage", memory=8_000_000_000)
+
+
+def test_a_limit_on_inception_and_one_that_is_too_low():
+    path = published("inception_v3")
+    found = solve_file(path, stages=4, replication="per-stage", memory=16_000_000_000)
+    assert found.status == "optimal"
+    assert max(stage.memory for stage in found.stages) <= 16e9
+    with pytest.raises(InfeasibleError, match="would be enough"):
+        solve_file(path, stages=4, replication="per-stage", memory=1_000_000_000)
+    with pytest.raises(InfeasibleError, match="would be enough"):
+        solve_file(published("nasnetamobile"), stages=4, memory=1_000_000_000)
 
 
 def test_the_error_names_a_memory_that_is_enough():

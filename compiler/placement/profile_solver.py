@@ -4,14 +4,13 @@ All ideals where they can be listed. Where they are too many, those of minimum c
 around the cuts of the best placement so far, again and again; the bound is that of the positions.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from p2bw.compiler.placement.contract import Flow, contract_profile
 from p2bw.compiler.placement.instance import Numbers
-from p2bw.compiler.placement.lattice import all_ideals, reaching, some_ideals
+from p2bw.compiler.placement.lattice import Lattice, all_ideals, reaching, some_ideals
 from p2bw.compiler.placement.profile import ProfileProblem, ReplicatedStage, judge_profile
 from p2bw.compiler.placement.replicated import Row, Search, columns, minimise
 from p2bw.compiler.placement.stop import Stop
@@ -51,7 +50,7 @@ def solve_profile(
     row = None
     settled_by = "minimum cuts and all ideals around the best"
     if lattice is None or len(lattice.members) > FEW:
-        row, low = _approach(problem, flow, (workers, most), low, stop)
+        row, low = _approach(problem, flow, (workers, most), low, lattice is not None, stop)
     if lattice is not None and not stop():
         row, low = minimise(Search(flow, lattice, workers, most), low, row, stop)
         settled_by = f"dynamic program over {len(lattice.members)} ideals"
@@ -60,9 +59,9 @@ def solve_profile(
             raise stop.error()
         settled_by += f"; stopped by {stop.reason}"
     if row is None:
-        if lattice is None:
+        if lattice is None and not _too_little(flow, workers):
             raise TimeLimitError("no placement found, and none ruled out; offer more memory")
-        raise InfeasibleError(_explain(problem, workers, most))
+        raise InfeasibleError(_explain(problem, flow, lattice, workers, most))
     objective, stages = judge_profile(problem, row.place, row.replicas)
     return ProfilePlacement(
         objective=objective,
@@ -74,19 +73,21 @@ def solve_profile(
 
 
 def _approach(
-    problem: ProfileProblem, flow: Flow, pool: tuple[int, int], low: int, stop: Stop
+    problem: ProfileProblem, flow: Flow, pool: tuple[int, int], low: int, listed: bool, stop: Stop
 ) -> tuple[Row | None, int]:
-    """A good placement, and a period below which none is."""
+    """A good placement, and a period below which none is; `low` where all ideals are listed."""
     from p2bw.compiler.placement.positions import Positions
 
     positions = Positions(flow)
-    family = some_ideals(positions.ideals, len(flow.time))
+    family = some_ideals(positions.family(), len(flow.time))
     row, _ = minimise(Search(flow, family, *pool), low, None, stop)
     for _ in range(ROUNDS):
         better = _refine(problem, flow, pool, low, row, stop) if row and not stop() else None
         if better is None or row is None or better.period == row.period:
             break
         row = better
+    if listed or stop():
+        return row, low
     high = row.period if row else int(flow.time.sum())
     return row, positions.bound(low, high, *pool)
 
@@ -123,23 +124,29 @@ def _away(flow: Flow, stage: Numbers, stages: int) -> Numbers:
     return result
 
 
-def _explain(problem: ProfileProblem, workers: int, most: int) -> str:
-    """How much memory there would have to be, to a hundredth."""
-    low = problem.memory
-    high = workers * math.fsum(op.parameters + op.activation for op in problem.operators)
+def _too_little(flow: Flow, workers: int) -> bool:
+    """Each operator is somewhere, for one minibatch at least."""
+    held = max(int(flow.size.max()), -(-int(flow.size.sum()) // workers))
+    return flow.memory is not None and held > flow.memory
+
+
+def _explain(
+    problem: ProfileProblem, flow: Flow, lattice: Lattice | None, workers: int, most: int
+) -> str:
+    """How much memory is enough, to a hundredth; the least that is, where ideals are few."""
+    if lattice is None or len(lattice.members) > FEW:
+        from p2bw.compiler.placement.positions import Positions
+
+        lattice = some_ideals(Positions(flow).family(), len(flow.time))
+    low, high = flow.memory or 0, workers * int(flow.size.sum())
     while high > low * 1.01 + 1:
-        memory = (low + high) / 2
-        flow = contract_profile(replace(problem, memory=memory), workers)
-        lattice = all_ideals(flow.predecessors, FEW)
-        if lattice is None:
-            break
-        search = Search(flow, lattice, workers, most)
+        memory = (low + high) // 2
+        search = Search(replace(flow, memory=memory), lattice, workers, most)
         if search.row(search.longest):
             high = memory
         else:
             low = memory
     return (
         f"no placement on {workers} workers fits into {problem.memory:.6g} bytes each; "
-        f"{math.ceil(high):.6g} would be enough; offer more memory (--memory) or more "
-        "workers (--stages)"
+        f"{high} would be enough; offer more memory (--memory) or more workers (--stages)"
     )
