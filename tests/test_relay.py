@@ -243,6 +243,44 @@ def test_training_equals_the_reference_bitwise(tmp_path: Path, jobs: list[Job]) 
             assert all(torch.equal(sent[name], state[name]) for name in state), case
 
 
+def test_the_solver_itself_relays_past_a_thin_wire(tmp_path: Path) -> None:
+    """From the description of a cluster to trained weights, with nothing replaced."""
+    cluster = tmp_path / "chain.toml"
+    wires = [("GPU0", "GPU1", "50GB/s"), ("GPU1", "GPU2", "50GB/s"), ("GPU0", "GPU2", "10MB/s")]
+    cluster.write_text(
+        'device = "v100-16"\ncount = 3\n'
+        + "".join(f'[[wires]]\na = "{a}"\nb = "{b}"\nbandwidth = "{w}"\n' for a, b, w in wires)
+    )
+    made = driver.compile_model(
+        ROOT / "examples" / "unet.py",
+        factory="tiny",
+        cluster=str(cluster),
+        gpus=3,
+        depth=3,
+        microbatch=2,
+        out=tmp_path / "unet",
+    )
+    ways = hops(made.artifact).values()
+    assert [(0, 1), (1, 2)] in ways
+    assert all(b == a + 1 for way in ways for a, b in way)
+    result = verify(made.artifact)
+    assert result.ok
+    assert result.bitwise == result.compared
+    job = Job(artifact=made.artifact, steps=3, microbatches=3)
+    assert differing(job, train_in_threads(job)) == []
+
+
+def test_verify_notices_a_stage_that_changes_what_it_passes_on(compiled_with: Compile) -> None:
+    artifact = compiled_with(every, ROOT / "examples" / "unet.py", 3)
+    stage = artifact / "stages" / "stage_1.py"
+    text = stage.read_text()
+    stage.write_text(text.replace("return down_0, ", "return down_0 * 1.001, "))
+    assert stage.read_text() != text
+    result = verify(artifact)
+    assert not result.ok
+    assert not result.loss_bitwise
+
+
 def test_flush_and_two_replicas_train_the_same(compiled_with: Compile) -> None:
     path = ROOT / "examples" / "unet.py"
     for schedule, width in (("flush", 1), ("2bw", 2)):
