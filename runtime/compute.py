@@ -53,14 +53,17 @@ class Compute:
         self.changing: tuple[str, ...] | None = None  # buffers that a forward writes to
 
     def forward(self, number: int, version: int, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Run microbatch `number` (counted over all replicas): its results by name."""
+        """Run microbatch `number` (counted over all replicas): its results by name.
+
+        What is to be computed again records gradients too, and drops them: without, some kernels
+        (oneDNN's LSTM) give other bits, and the peak is that of computing again anyway.
+        """
         named = dict(zip(self.stage.arguments, arguments, strict=True))
         for name in self.differentiable:
             named[name].requires_grad_()
         again = self.stage.recompute
         buffers = self._buffers_before() if again else {}
-        with torch.set_grad_enabled(not again):
-            results = self._run(number, version, named)
+        results = self._run(number, version, named)
         if again:
             kept = InFlight(named, {}, self._keep_changing(buffers))
         else:
