@@ -17,6 +17,7 @@ from p2bw.compiler.placement.contract import contract_profile
 from p2bw.compiler.placement.positions import Positions
 from p2bw.compiler.placement.profile import Operator, Output, ProfileProblem, judge_profile
 from p2bw.compiler.placement.profile_solver import solve_profile
+from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.reader_pipedream import read_pipedream
 from p2bw.compiler.solve import solve_file
 from p2bw.runtime.errors import InfeasibleError, TimeLimitError, UsageError
@@ -241,6 +242,15 @@ def test_nasnet_which_pipedream_does_not_finish(workers, gap):
     problem = read_pipedream(path.read_text(), 1e9)
     replicas = [stage.replicas for stage in found.stages]
     assert is_allowed(problem, tuple(found.assignment.values()), replicas)
+
+
+def test_a_search_that_has_to_stop_keeps_a_plan_and_a_true_bound():
+    path = published("nasnetamobile")
+    found = solve_file(path, stages=16, replication="per-stage", stop=Stop(0.0))
+    assert found.status == "feasible"
+    assert found.objective < 0.045  # 0.584 on one worker
+    assert "stopped by the limit of 0 s" in found.space
+    assert found.bound <= 0.0389  # a period that is possible
 
 
 def test_a_limit_that_pipedream_breaks_is_kept():

@@ -5,6 +5,7 @@ around the cuts of the best placement so far, again and again; the bound is that
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -78,9 +79,14 @@ def _approach(
     """A good placement, and a period below which none is; `low` where all ideals are listed."""
     from p2bw.compiler.placement.positions import Positions
 
+    groups = len(flow.time)
+    order = some_ideals(accumulate(1 << v for v in range(groups)), groups)
+    row, _ = minimise(Search(flow, order, *pool), low, None, Stop())  # at once: not stopped
+    if stop():
+        return row, low
     positions = Positions(flow)
-    family = some_ideals(positions.family(), len(flow.time))
-    row, _ = minimise(Search(flow, family, *pool), low, None, stop)
+    family = some_ideals(positions.family(), groups)
+    row, _ = minimise(Search(flow, family, *pool), low, row, stop)
     for _ in range(ROUNDS):
         better = _refine(problem, flow, pool, low, row, stop) if row and not stop() else None
         if better is None or row is None or better.period == row.period:
