@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from p2bw.compiler.placement.dp import Recompute
-from p2bw.compiler.placement.evaluate import choose_recompute
 from p2bw.compiler.placement.explain import Explanation, Placed, explain, place
 from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.instance import make_instance
+from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import Plan, read_plan
@@ -75,7 +75,7 @@ def _policy(plan: Plan, problem: PlacementProblem) -> Recompute:
     instance = make_instance(problem)
     home = {block.name: placed.stage_of_block.get(block.name, 0) for block in problem.blocks}
     stages = [home[problem.blocks[blocks[0]].name] for blocks in instance.groups]
-    if chosen == choose_recompute(instance, placed.shape, stages, "auto"):
+    if chosen == judge(instance, placed.shape, stages, "auto").recompute:
         return "auto"
     return "always" if all(chosen) else "never"
 
