@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -33,7 +34,8 @@ def print_explanation(found: Explanation) -> None:
             f"{found.microbatch}: {found.samples_per_s:.4g} samples/s, {proof}"
         )
     )
-    for i, line in enumerate(_binding(found)):
+    lines = (part for line in _binding(found) for part in wrap(line, width - 12))
+    for i, line in enumerate(lines):
         out.print(escape(f"{'binds' if i == 0 else '':12}{line}"), soft_wrap=True)
     out.print(_stages(found), width=width)
     if found.links:

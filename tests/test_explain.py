@@ -128,6 +128,15 @@ def test_a_stage_that_fits_neither_way_is_told_of_the_way_that_needs_less():
     assert problems == {1: ("stage 1 needs 43 of 34",), 0: ("stage 0 needs 42 of 34",)}
 
 
+def test_the_table_of_many_limits_has_100_columns(tmp_path):
+    path = tmp_path / "problem.json"
+    path.write_text(weighty([40, 40, 1, 1] * 6, memory=300, gpus=12).to_json())
+    done = p2bw("explain", path, "--depth", 12, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memory of stages" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
 def test_memory_does_not_bind_where_it_only_holds_what_is_slower():
     found = explained(chain([1.0, 2.0, 3.0, 2.0]), 2, 1)
     assert all(limit.kind != "memory" for limit in found.binding)
