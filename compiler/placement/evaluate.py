@@ -116,9 +116,7 @@ def evaluate(
 ) -> Evaluation:
     """Judge a placement: `stage_of` a group, `recompute` of a stage, the edges that are relayed."""
     flows = _flows(instance, shape, stage_of, relayed)
-    stages = tuple(
-        _stage(instance, shape, stage_of, k, recompute[k], flows) for k in range(shape.depth)
-    )
+    stages = tuple(_stage(instance, shape, k, recompute[k], flows) for k in range(shape.depth))
     links = _links(instance, shape, flows)
     busiest = max(
         MIN_PERIOD_S,
@@ -150,7 +148,7 @@ def choose_recompute(
     flows = _flows(instance, shape, stage_of, relayed)
 
     def fits(k: int, again: bool) -> bool:
-        numbers = _stage(instance, shape, stage_of, k, again, flows)
+        numbers = _stage(instance, shape, k, again, flows)
         return numbers.total <= numbers.limit
 
     return tuple(not fits(k, False) and fits(k, True) for k in range(shape.depth))
@@ -173,6 +171,7 @@ def waiting_bytes(instance: Instance, shape: Shape, stage_of: Sequence[int]) -> 
 class _Flows:
     """Bytes between stages of one replica, per microbatch."""
 
+    own: tuple[tuple[int, ...], ...]  # by stage: its groups
     received: tuple[tuple[tuple[Edge, int], ...], ...]  # by stage: tensor, its producer's stage
     sent: tuple[tuple[tuple[Edge, tuple[int, ...]], ...], ...]  # by stage: tensor, readers' stages
     tensors: dict[tuple[int, int], int]  # from stage, to stage: activations and gradients
@@ -196,7 +195,9 @@ def _flows(
             sent[source].append((edge, targets))
     m = instance.problem.microbatches_at(shape.depth)
     gradients = [0] * shape.depth
+    own: list[list[int]] = [[] for _ in range(shape.depth)]
     for group, stage in enumerate(stage_of):
+        own[stage].append(group)
         gradients[stage] += int(instance.gradients[group])
     exchange: dict[tuple[int, int], float] = defaultdict(float)
     holds: list[list[int]] = [[] for _ in range(shape.depth)]
@@ -209,6 +210,7 @@ def _flows(
                 peer = holders[(place + 1) % len(holders)]
                 exchange[stage, peer] += ring_bytes(tied.state.gradients, len(holders), m)
     return _Flows(
+        tuple(map(tuple, own)),
         tuple(map(tuple, received)),
         tuple(map(tuple, sent)),
         dict(tensors),
@@ -239,13 +241,12 @@ def ring_bytes(size: int, members: int, microbatches: int) -> float:
 def _stage(
     instance: Instance,
     shape: Shape,
-    stage_of: Sequence[int],
     k: int,
     recompute: bool,
     flows: _Flows,
 ) -> StageNumbers:
     """Compute and memory of stage k: DESIGN section 5."""
-    own = [group for group, stage in enumerate(stage_of) if stage == k]
+    own = flows.own[k]
     states = [instance.tied[i].state for i in flows.holds[k]]
 
     def total(array: Numbers) -> int:
