@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from p2bw.compiler.conversion import converting_fakes
 from p2bw.runtime.errors import ModelError
 from p2bw.runtime.modelfile import ModelFile
 
@@ -44,8 +45,9 @@ def build(file: ModelFile, mode: FakeTensorMode) -> nn.Module:
     A constructor that needs the values of large tensors is run for real if the model is small.
     """
     try:
-        with _registering_fakes(mode), _SmallTensorsReal(mode):
+        with converting_fakes() as settle, _registering_fakes(mode), _SmallTensorsReal(mode):
             model = file.model()
+        settle(model)
     except ModelError as problem:
         return build_real(file, mode, problem)
     return _fakeify(model, mode)

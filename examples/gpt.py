@@ -122,11 +122,12 @@ def model(
     context: int = 512,
     vocab: int = 50304,
     dropout: float = 0.1,
+    dtype: str = "float32",
 ) -> GPT:
     """2.2B parameters: the GPT of the PipeDream-2BW paper (arXiv:2006.09503)."""
     global config
     config = Config(layers, width, heads, context, vocab, dropout)
-    return GPT(config)
+    return GPT(config).to(getattr(torch, dtype))
 
 
 def tiny(
@@ -196,9 +197,10 @@ def gpt_1t(
     context: int = 2048,
     vocab: int = 51200,
     dropout: float = 0.0,
+    dtype: str = "bfloat16",  # in float32 a layer needs more than three devices of 80 GB
 ) -> GPT:
     """1008B parameters: the largest of Megatron-LM (arXiv:2104.04473), on 3,072 GPUs."""
-    return model(layers, width, heads, context, vocab, dropout)
+    return model(layers, width, heads, context, vocab, dropout, dtype)
 
 
 def large_vocabulary(

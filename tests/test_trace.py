@@ -471,3 +471,39 @@ def test_a_model_of_175_billion_parameters_takes_little_memory():
     """
     path = ROOT / "examples" / "gpt.py"
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=200)
+
+
+CONVERTED = """
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc = nn.Linear(width, 8)
+        self.tied = nn.Linear(width, 8, bias=False)
+        self.tied.weight = self.fc.weight
+        self.wide = nn.Linear(8, width)
+        self.norm = nn.BatchNorm1d(8)
+        self.fc.half()  # of a tie, one module is converted first
+        self.norm.double()
+
+    def forward(self, x):
+        wide = self.wide(x.to(self.wide.weight.dtype))
+        return self.norm(self.fc(wide) + self.tied(wide)).float()
+
+
+def model(width=16, dtype="float64"):
+    return Net(width).to(getattr(torch, dtype))
+"""
+
+
+def test_a_model_is_converted_to_another_type(program_of):
+    file, program = program_of(CONVERTED)
+    assert_equals_eager(file, program)
+    assert {p.type.dtype for p in program.parameters.values()} == {torch.float64}
+    tied = program.parameters["fc.weight"]
+    assert "tied.weight" in tied.names
+
+
+def test_a_model_too_large_to_be_built_is_converted(program_of):
+    _, program = program_of(CONVERTED, width=1 << 29, dtype="bfloat16")
+    assert program.parameters["wide.weight"].type.dtype == torch.bfloat16
+    assert program.parameters["wide.weight"].type.bytes == 2 * 8 << 29
