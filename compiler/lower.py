@@ -173,6 +173,7 @@ def _tensors(program: Program, home: Mapping[str, str]) -> Iterator[TensorCost]:
             gradient_bytes=kind.bytes if gradient else 0,
             # The leaf that collects its gradient lives until the backward, saved or not.
             saved=gradient or _is_saved(program, node, home),
+            ordered=len(_summed(program, node, home)) >= 3,
         )
 
 
@@ -187,8 +188,8 @@ def _summation_order(
     flow = nx.DiGraph((t.producer, consumer) for t in tensors for consumer in t.consumers)
     flow.add_nodes_from(home.values())
     for node in program.compute_nodes:
-        readers = [u for u in node.users if u.name in home and any(_gradients(program, u))]
-        if len(readers) < 3 or not any(_gradients(program, node)):
+        readers = _summed(program, node, home)
+        if len(readers) < 3:
             continue
         for i, (reader, later) in enumerate(pairwise(readers)):
             first, second = home[reader.name], home[later.name]
@@ -202,6 +203,13 @@ def _summation_order(
                     gradient_bytes=0,
                     saved=False,
                 )
+
+
+def _summed(program: Program, node: fx.Node, home: Mapping[str, str]) -> list[fx.Node]:
+    """The readers of a tensor that add to its gradient, in the program's order."""
+    if not any(_gradients(program, node)):
+        return []
+    return [user for user in node.users if user.name in home and any(_gradients(program, user))]
 
 
 def _gradients(program: Program, node: fx.Node) -> tuple[bool, ...]:

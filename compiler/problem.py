@@ -62,6 +62,9 @@ class TensorCost(Data):
     bytes: Count
     gradient_bytes: Count  # of its gradient on the way back; 0: it has none
     saved: bool  # a stage that receives it keeps it for its backward
+    # Its gradient has three terms or more: relayed where that costs no time, since then the stages
+    # add them one by one from the last, as eager PyTorch does, and the sum is the same to the bit.
+    ordered: bool = False
 
 
 class Constraints(Data):

@@ -1,5 +1,6 @@
 """Whether anything fits at all: the whole search, asked for no more than that."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from p2bw.runtime.errors import InfeasibleError, ModelError, UsageError
 
 DETERMINISTIC_S = 20.0  # of CP-SAT for all cures
 ONE_S = 2.0  # of that, for one question
+WALL_S = 60.0  # for all cures: on thousands of devices a question takes seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,20 @@ class Oracle:
     def __init__(self, limits: Limits) -> None:
         self._limits = replace(limits, any_will_do=True)
         self._left = min(DETERMINISTIC_S, limits.deterministic_s)
+        self._end = time.monotonic() + WALL_S
         self._key: object = None
         self._models: list[Model] = []
 
     def __call__(self, request: Request) -> bool | None:
-        if self._limits.stop():
+        if self._limits.stop() or time.monotonic() > self._end:
             return None
         limits = replace(self._limits, deterministic_s=max(0.0, min(self._left, ONE_S)))
+        widths = request.widths
+        if widths is None and request.problem.topology.uniform:
+            widths = (1,)  # what fits does not depend on the number of replicas, nor on the layout
         try:
             models = self.models(request)
-            search = search_models(models, request.depths, request.widths, limits)
+            search = search_models(models, request.depths, widths, limits)
         except (InfeasibleError, UsageError):  # contradictory, or too many stages to ask for
             return False
         self._left -= search.spent

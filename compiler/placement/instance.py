@@ -48,6 +48,7 @@ class Edge:
     gradient: int
     saved: bool
     names: tuple[str, ...]
+    ordered: bool = False  # see TensorCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +315,7 @@ def _edges(
             sum(tensor.gradient_bytes for tensor in tensors),
             saved,
             tuple(tensor.name for tensor in tensors),
+            any(tensor.ordered for tensor in tensors),
         )
         for (producer, consumers, saved), tensors in sorted(
             found.items(), key=lambda entry: entry[0]
