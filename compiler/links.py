@@ -1,6 +1,7 @@
 """Links: which ports or wires data between two devices passes, and how fast each is."""
 
 import heapq
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ class Network:
         """Bytes/s that a device can send, all its links together."""
         if not self.topology.wires:
             return self.topology.levels[0].bandwidth
-        return sum(bandwidth for _, _, bandwidth in self._wires[rank])
+        return math.fsum(bandwidth for _, _, bandwidth in self._wires[rank])
 
     @property
     def slowest(self) -> float:

@@ -1,5 +1,6 @@
 """From an annotated Program to a PlacementProblem: sums over blocks, in plain numbers."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
@@ -72,8 +73,9 @@ def _block(program: Program, block: Block, stash: int, on: Mapping[str, Program]
 def _times(program: Program, block: Block) -> Times:
     nodes = [program.node(name) for name in block.nodes]
     return Times(
-        forward_s=sum(program.fact(node, "forward_s") for node in nodes),
-        backward_s=sum(program.fact(node, "backward_s") for node in nodes),
+        # fsum, here and wherever floats decide: from Python 3.12 on, sum rounds them otherwise.
+        forward_s=math.fsum(program.fact(node, "forward_s") for node in nodes),
+        backward_s=math.fsum(program.fact(node, "backward_s") for node in nodes),
     )
 
 

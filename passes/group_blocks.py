@@ -1,6 +1,7 @@
 """group_blocks: gather nodes into blocks that the placement moves as one."""
 
 import heapq
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -237,10 +238,10 @@ def _sizes(
             if argument.op == "get_attr" and target in program.parameters and target not in counted:
                 counted.add(target)
                 weights[i] += program.parameters[target].type.bytes
-    all_seconds, all_weights = sum(seconds) or 1.0, sum(weights) or 1
+    all_seconds, all_weights = math.fsum(seconds) or 1.0, sum(weights) or 1
     return [
         (
-            sum(seconds[i] for i in group) / all_seconds,
+            math.fsum(seconds[i] for i in group) / all_seconds,
             sum(weights[i] for i in group) / all_weights,
         )
         for group in groups

@@ -1,5 +1,6 @@
 """evaluate: the exact numbers of one placement. Every solver's result is judged by it alone."""
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def evaluate(
         stages=stages,
         links=links,
         crossing_bytes=crossing,
-        sent_bytes=crossing + sum(flows.exchange.values()) + sum(flows.ring),
+        sent_bytes=math.fsum((crossing, *flows.exchange.values(), *flows.ring)),
         problems=_problems(instance, shape, stage_of, stages),
     )
 

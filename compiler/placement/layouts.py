@@ -1,5 +1,6 @@
 """Layouts: which devices hold which stage, where devices or links are not all alike."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations, product
 
@@ -150,7 +151,7 @@ def improve(instance: Instance, shape: Shape, stages: Sequence[int], recompute: 
         tried = _listed(shape.depth, shape.width, order)
         again = choose_recompute(instance, tried, stages, recompute)
         found = evaluate(instance, tried, stages, again)
-        return not found.feasible, found.busiest_s, sum(link.seconds for link in found.links)
+        return not found.feasible, found.busiest_s, math.fsum(link.seconds for link in found.links)
 
     order = [rank for row in shape.ranks for rank in row]
     order += sorted(set(range(gpus)) - set(order))  # the unused ones at the end

@@ -4,6 +4,7 @@ Bounds rule out most shapes, a dynamic program solves or bounds the others, and 
 settles what it leaves open; all share the best placement found so far.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -364,7 +365,7 @@ class Search:
         evaluation = judgement.evaluation
         instance, shape = self.best.model.instance, self.best.placed
         problem = instance.problem
-        busy_s = sum(stage.forward_s + stage.backward_s for stage in evaluation.stages)
+        busy_s = math.fsum(stage.forward_s + stage.backward_s for stage in evaluation.stages)
         return Placement(
             depth=shape.depth,
             width=shape.width,

@@ -1,5 +1,6 @@
 """Uplinks: what a stage puts on the ports that several devices share, at least."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ def make_uplinks(
     for bandwidth, members in ports:
         for k, (up, down, around, alone) in members.items():
             others = [(c, least[i]) for i, c in members.items() if i != k]
-            out = sum(c[0] * size[0] + c[1] * size[1] + c[2] * size[2] for c, size in others)
-            into = sum(c[1] * size[3] + c[0] * size[4] + c[2] * size[2] for c, size in others)
-            found[k].add(Uplink(up, down, around, alone, bandwidth, float(out), float(into)))
+            out = math.fsum(c[0] * size[0] + c[1] * size[1] + c[2] * size[2] for c, size in others)
+            into = math.fsum(c[1] * size[3] + c[0] * size[4] + c[2] * size[2] for c, size in others)
+            found[k].add(Uplink(up, down, around, alone, bandwidth, out, into))
     return tuple(tuple(sorted(ports)) for ports in found)
 
 
