@@ -65,7 +65,7 @@ def _row(stage: Stage, mixed: bool) -> tuple[str, ...]:
     limit = f" of {units.data(memory.limit)}" if mixed else ""
     return (
         f"{stage.index}{' r' if stage.recompute else ''}",
-        _ranges(stage.devices),
+        units.ranges(stage.devices),
         summarise_modules(stage.modules),
         units.parameters(stage.parameters),
         units.seconds(seconds.forward),
@@ -118,10 +118,6 @@ def summarise_modules(modules: Iterable[str]) -> str:
         prefix + ("" if first is None else str(first) if first == last else f"{first}-{last}")
         for prefix, first, last in runs
     )
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    return summarise_modules(map(str, numbers))
 
 
 def print_verification(result: Verification) -> None:

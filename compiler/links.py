@@ -3,6 +3,7 @@
 import heapq
 import math
 from collections import defaultdict
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
 # One direction of a link. In a tree of levels: level, unit, 0 (out of the unit) or 1 (into it);
 # in a graph of wires: -1, number of the wire, 0 (from `a` to `b`) or 1.
 Port = tuple[int, int, int]
+
+
+def reverse(port: Port) -> Port:
+    """The same link the other way."""
+    level, number, way = port
+    return level, number, 1 - way
 
 
 class Network:
@@ -62,6 +69,13 @@ class Network:
             return self.topology.levels[0].bandwidth
         return math.fsum(bandwidth for _, _, bandwidth in self._wires[rank])
 
+    @cached_property
+    def fastest(self) -> float:
+        """Bytes/s that the best-linked device can send, all its links together."""
+        if not self.topology.wires:
+            return self.topology.levels[0].bandwidth
+        return max(map(self.device_bandwidth, range(self.topology.gpus)))
+
     @property
     def slowest(self) -> float:
         """Bytes/s of the slowest link."""
@@ -85,7 +99,7 @@ class Network:
         path = self._paths[first][max(rank, peer)]
         if rank == first:
             return path
-        return tuple((level, wire, 1 - way) for level, wire, way in reversed(path))
+        return tuple(map(reverse, reversed(path)))
 
     def _search(self, source: int) -> dict[int, tuple[Port, ...]]:
         """The routes from one device to all others."""

@@ -1,6 +1,7 @@
 """Numbers for people: `4.12 ms`, `1.02 GiB`, `86.4 M`. Read and printed at the edge only."""
 
 import re
+from collections.abc import Iterable
 
 from p2bw.runtime.errors import UsageError
 
@@ -36,6 +37,17 @@ def parameters(value: int) -> str:
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def parse_gap(text: str) -> float:

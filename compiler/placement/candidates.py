@@ -61,7 +61,6 @@ class Candidate:
     shape: Shape
     bound: float  # samples per second
     stages: tuple[int, ...] | None = None
-    laid_out: Shape | None = None  # where `stages` are, if the shape leaves that open
     relayed: frozenset[int] = frozenset()  # edges that were, when `stages` was found
     closed_by: str = ""  # what showed that nothing better is left in it
 
@@ -76,10 +75,6 @@ class Candidate:
         instance = self.model.instance
         samples = self.shape.width * instance.problem.microbatch
         return samples / rate / instance.bubble(self.shape.depth) if rate else float("inf")
-
-    @property
-    def placed(self) -> Shape:
-        return self.laid_out or self.shape
 
     @property
     def order(self) -> tuple[float, ...]:
@@ -267,7 +262,6 @@ def _sums(model: Model) -> _Sums:
     again = 2 if model.recompute == "always" else 1
     work = (again * instance.forward_ps + instance.backward_ps).min(axis=0)
     states = [tied.state for tied in instance.tied]
-    gpus = instance.problem.topology.gpus
     return _Sums(
         problem=instance.problem,
         work_ps=int(work.sum()),
@@ -275,7 +269,7 @@ def _sums(model: Model) -> _Sums:
         update_ps=int(instance.update_ps.min(axis=0).sum())
         + sum(min(state.update_ps) for state in states),
         gradients=int(instance.gradients.sum()) + sum(state.gradients for state in states),
-        bandwidth=max(map(instance.network.device_bandwidth, range(gpus))),
+        bandwidth=instance.network.fastest,
     )
 
 

@@ -117,8 +117,7 @@ def step_costs(
         out, into = out + shared, into + shared
         first, last = _windows(instance, steps, shape.depth, upper)
     compute_s = steps.forward_s + steps.backward_s
-    fastest = max(map(instance.network.device_bandwidth, range(instance.problem.topology.gpus)))
-    port_s = np.maximum(out, into) / fastest
+    port_s = np.maximum(out, into) / instance.network.fastest
     costs = StepCosts(
         instance,
         steps,

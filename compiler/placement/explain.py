@@ -256,23 +256,12 @@ def _memory(
     return [
         Binding(
             kind="memory",
-            what=f"memory of stage{'s' if len(over) > 1 else ''} {_ranges(over)}",
+            what=f"memory of stage{'s' if len(over) > 1 else ''} {units.ranges(over)}",
             stages=tuple(over),
             why=f"without limits on memory {units.percent(free.samples_per_s / rate - 1)} more "
             f"samples/s (up to {most} there)",
         )
     ]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _stage_slacks(now: Evaluation) -> Iterator[StageSlack]:

@@ -77,10 +77,10 @@ def _adopt(search: Search, models: Sequence[Model], best: Candidate) -> None:
         model.instance, best.model.instance, judge_candidate(best, best.stages).relayed
     )
     for candidate in search.candidates:
-        if candidate.model.instance is model.instance and candidate.shape == best.placed:
+        if candidate.model.instance is model.instance and candidate.shape == best.shape:
             break
     else:
-        candidate = Candidate(model, best.placed, 0.0)
+        candidate = Candidate(model, best.shape, 0.0)
     candidate.relayed = relayed
     search.offer(candidate, stages)
 
@@ -118,7 +118,7 @@ def _refine(search: Search, models: Sequence[Model], limits: Limits) -> None:
             far_ps = far(best.model.instance, best.stages)
             model = _finer(best, far_ps, search.longest_s(best), limits.ideals)
             if model is not None:
-                finer = Search(make_candidates([model], [best.placed]), limits, None)
+                finer = Search(make_candidates([model], [best.shape]), limits, None)
                 finer.rate = search.rate
                 finer.dynamic_program()
                 if finer.best is not None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from p2bw.compiler.links import Port
+from p2bw.compiler.links import Port, reverse
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.evaluate import Shape, ring_bytes
 from p2bw.compiler.placement.instance import PS, Instance
@@ -233,10 +233,10 @@ class Model:
             routes = [
                 set(network.route(own, shape.rank(j, r))) for j in range(shape.depth) if j != k
             ]
-            for level, number, way in set.intersection(*routes) if routes else ():
-                if level != 0:
-                    yield k, (level, number, way)
-                    yield k, (level, number, 1 - way)
+            for port in set.intersection(*routes) if routes else ():
+                if port[0] != 0:
+                    yield k, port
+                    yield k, reverse(port)
 
     def _flow(self, load: Sum, source: int, target: int, s_per_byte: float) -> None:
         """Add what stage `source` sends to stage `target`: tensors forward, gradients back."""

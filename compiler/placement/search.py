@@ -134,7 +134,7 @@ def solve_fixed(
 def judge_candidate(candidate: Candidate, stages: Sequence[int]) -> Judgement:
     """The exact numbers of a placement with the best choice of recomputation and relays."""
     model = candidate.model
-    return judge(model.instance, candidate.placed, stages, model.recompute, start=candidate.relayed)
+    return judge(model.instance, candidate.shape, stages, model.recompute, start=candidate.relayed)
 
 
 class Search:
@@ -234,8 +234,8 @@ class Search:
     def _rows(self, candidate: Candidate) -> None:
         """Offer what cuts of a row of the groups give, if that is better than all so far."""
         model = candidate.model
-        for stages in row_placements(model.instance, candidate.placed):
-            found = judge(model.instance, candidate.placed, stages, model.recompute)
+        for stages in row_placements(model.instance, candidate.shape):
+            found = judge(model.instance, candidate.shape, stages, model.recompute)
             rate = candidate.rate(found.evaluation.busiest_s)
             if found.evaluation.feasible and rate > self.rate * (1 + TOLERANCE):
                 candidate.relayed = found.relayed
@@ -363,7 +363,7 @@ class Search:
         bound = self.bound()
         judgement = judge_candidate(self.best, self.best.stages)
         evaluation = judgement.evaluation
-        instance, shape = self.best.model.instance, self.best.placed
+        instance, shape = self.best.model.instance, self.best.shape
         problem = instance.problem
         busy_s = math.fsum(stage.forward_s + stage.backward_s for stage in evaluation.stages)
         return Placement(

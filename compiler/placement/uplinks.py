@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from p2bw.compiler.links import Port
+from p2bw.compiler.links import Port, reverse
 from p2bw.compiler.placement.evaluate import Shape, ring_bytes
 from p2bw.compiler.placement.ideals import Flags, Floats, Steps
 from p2bw.compiler.placement.instance import Instance
@@ -101,16 +101,11 @@ def _listed_crossings(instance: Instance, shape: Shape) -> dict[Port, dict[int, 
                 found[port][k][kind] += 1
         for port in route(own, shape.rank(k, (replica + 1) % shape.width)):
             found[port][k][2] += 1
-            found[_reverse(port)][k][3] += 1
+            found[reverse(port)][k][3] += 1
     return {
         port: {k: (c[0], c[1], min(c[2:4]), c[4]) for k, c in members.items()}
         for port, members in found.items()
     }
-
-
-def _reverse(port: Port) -> Port:
-    level, number, way = port
-    return level, number, 1 - way
 
 
 def crossings(
