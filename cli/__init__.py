@@ -18,7 +18,7 @@ _PUBLIC = {
     "compile": ("p2bw.compiler.driver", "compile_model"),
     "load": ("p2bw.compiler.plan", "read_plan"),
     "verify": ("p2bw.compiler.verify", "verify"),
-    "run": ("p2bw.runtime.launch", "run"),
+    "run": ("p2bw.launch", "run"),
 }
 __all__ = ["__version__", "compile", "load", "run", "verify"]
 

@@ -163,8 +163,8 @@ def compile_command(
     """Trace MODEL, place it on the devices and write readable stage code."""
     with _reporting(debug):
         from p2bw.compiler.driver import compile_model
+        from p2bw.modelfile.load import parse_settings
         from p2bw.progress import progress, stopping
-        from p2bw.runtime.modelfile import parse_settings
         from p2bw.tables import print_plan, print_seconds
 
         path, _, factory = model.partition(":")
@@ -246,7 +246,7 @@ def run_command(
 ) -> None:
     """Train an artifact on this machine, one process per device (prints its torchrun line)."""
     with _reporting(debug):
-        from p2bw.runtime.launch import run
+        from p2bw.launch import run
         from p2bw.tables import print_run
 
         result = run(

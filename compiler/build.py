@@ -19,8 +19,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.conversion import converting_fakes
+from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.errors import ModelError
-from p2bw.runtime.modelfile import ModelFile
 
 REAL_BYTES = 4 << 30  # a model that needs its values is built for real up to this size
 

@@ -27,10 +27,10 @@ from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
 from p2bw.compiler.units import parse_gap
+from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
 from p2bw.passes.annotate_time import annotate_time
 from p2bw.runtime.errors import ModelError, UsageError
-from p2bw.runtime.modelfile import ModelFile, Setting, load_model_file
 
 Recompute = Literal["auto", "always", "never"]
 

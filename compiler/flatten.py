@@ -15,8 +15,8 @@ from torch.export.graph_signature import InputKind
 
 from p2bw.compiler.program import Attribute, NodeFacts, Program, Scope, TensorType
 from p2bw.compiler.trace_errors import AUTOCAST, at
-from p2bw.runtime.modelfile import ModelFile
-from p2bw.runtime.usercode import Line
+from p2bw.modelfile.load import ModelFile
+from p2bw.modelfile.usercode import Line
 
 _ROOT = "model"  # the user's model is this attribute of the traced step
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from p2bw.compiler.program import Attribute, TensorType
+from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.errors import ModelError, P2BWError
-from p2bw.runtime.modelfile import ModelFile
 
 
 def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping[TensorType, int]:

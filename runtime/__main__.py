@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from p2bw.runtime.errors import P2BWError, ResourceError
+from p2bw.runtime.failure import record_failure
 from p2bw.runtime.job import Job, Options
-from p2bw.runtime.launch import record_failure
 from p2bw.runtime.rank import Place, Store, connect, find_place, run_rank
 from p2bw.runtime.transport import PeerError
 

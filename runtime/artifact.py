@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.runtime.errors import InputFileError, MismatchError, ModelError
-from p2bw.runtime.modelfile import ModelFile, load_model_file
 from p2bw.runtime.plan import Plan, read_plan
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p2bw.modelfile.load import ModelFile, flatten_microbatch
 from p2bw.runtime.errors import UsageError
-from p2bw.runtime.modelfile import ModelFile, flatten_microbatch
 from p2bw.runtime.plan import Plan, describe
 
 

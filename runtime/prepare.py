@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
 from p2bw.runtime.check import check
 from p2bw.runtime.job import Job
-from p2bw.runtime.modelfile import ModelFile
 from p2bw.runtime.plan import Plan, TensorSpec, read_plan
 from p2bw.runtime.schedule import Channel, Flow, Pipeline, make_pipeline
 

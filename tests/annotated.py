@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.devices import find_device
 from p2bw.compiler.trace import trace
+from p2bw.modelfile.load import flatten_microbatch, load_model_file
 from p2bw.passes import pipeline, run_passes
-from p2bw.runtime.modelfile import flatten_microbatch, load_model_file
 
 
 @cache

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from p2bw.launch import FAILURE_FILE
 from p2bw.runtime.job import Job
-from p2bw.runtime.launch import FAILURE_FILE
 from p2bw.runtime.prepare import prepare
 from p2bw.runtime.rank import build, connect, find_place, join, meet
 from p2bw.runtime.report import Report

@@ -7,8 +7,8 @@ from p2bw.compiler.program import MissingFactError
 from p2bw.compiler.split import split
 from p2bw.compiler.storage import saved_bytes, storage_of
 from p2bw.compiler.trace import trace
+from p2bw.modelfile.load import load_model_file
 from p2bw.passes import annotate_autograd, annotate_cost
-from p2bw.runtime.modelfile import load_model_file
 
 every_architecture = pytest.mark.parametrize("architecture", CORPUS, ids=lambda a: a.name)
 

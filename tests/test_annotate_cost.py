@@ -94,8 +94,8 @@ def test_times_follow_the_device():
 
 def test_arithmetic_in_bfloat16_takes_the_rate_of_bfloat16(tmp_path):
     from p2bw.compiler.trace import trace
+    from p2bw.modelfile.load import load_model_file
     from p2bw.passes import annotate_autograd, annotate_cost
-    from p2bw.runtime.modelfile import load_model_file
 
     path = tmp_path / "net.py"
     path.write_text("""\

@@ -6,7 +6,7 @@ import pytest
 from corpus import ROOT
 
 from p2bw.compiler.driver import compile_model
-from p2bw.runtime.launch import run
+from p2bw.launch import run
 from p2bw.tables import curve
 
 STEPS = 500  # the length of the example's own learning-rate schedule

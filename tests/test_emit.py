@@ -13,8 +13,8 @@ from staged import compare, cut, load, texts_of
 
 from p2bw.compiler.emit import emit_stage, tensor_names
 from p2bw.compiler.program import Program
+from p2bw.modelfile.load import ModelFile
 from p2bw.passes.group_blocks import group_blocks
-from p2bw.runtime.modelfile import ModelFile
 
 PATHS = {architecture.name: architecture for architecture in CORPUS}
 

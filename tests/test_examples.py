@@ -13,7 +13,7 @@ from corpus import CORPUS, ROOT, Architecture
 from torch import nn
 
 from p2bw.__main__ import app
-from p2bw.runtime.modelfile import ModelFile, load_model_file
+from p2bw.modelfile.load import ModelFile, load_model_file
 
 every_example = pytest.mark.parametrize("example", CORPUS, ids=lambda example: example.name)
 

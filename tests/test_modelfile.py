@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2bw.modelfile.load import flatten_microbatch, load_model_file, parse_settings
+from p2bw.modelfile.microbatch import map_tensors
 from p2bw.runtime.errors import ModelError, UsageError
-from p2bw.runtime.microbatch import map_tensors
-from p2bw.runtime.modelfile import flatten_microbatch, load_model_file, parse_settings
 
 GOOD = """
 import torch

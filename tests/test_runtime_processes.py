@@ -14,10 +14,10 @@ from handmade import write_artifact
 from safetensors.torch import load_file
 from test_runtime import differences
 
+from p2bw.launch import run
 from p2bw.runtime.artifact import find_model_file
 from p2bw.runtime.errors import MismatchError, P2BWError, UsageError
 from p2bw.runtime.job import Job
-from p2bw.runtime.launch import run
 from p2bw.runtime.local import Trained
 from p2bw.runtime.plan import read_plan
 from p2bw.runtime.prepare import prepare

@@ -13,8 +13,8 @@ from p2bw.compiler import build as building
 from p2bw.compiler.interpret import interpret
 from p2bw.compiler.program import TensorType
 from p2bw.compiler.trace import trace
+from p2bw.modelfile.load import flatten_microbatch, load_model_file
 from p2bw.runtime.errors import ModelError
-from p2bw.runtime.modelfile import flatten_microbatch, load_model_file
 
 HEAD = """\
 import math
@@ -461,7 +461,7 @@ def test_a_model_of_175_billion_parameters_takes_little_memory():
         import resource, sys
         from pathlib import Path
         from p2bw.compiler.trace import trace
-        from p2bw.runtime.modelfile import load_model_file
+        from p2bw.modelfile.load import load_model_file
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         settings = {"layers": 2, "width": 49152, "heads": 96}
         program = trace(load_model_file(Path(sys.argv[1]), "gpt3_175b", settings), 1)

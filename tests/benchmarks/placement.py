@@ -143,8 +143,8 @@ def problem_of(path: Path, factory: str, microbatch: int, cluster: str) -> Place
     from p2bw.compiler.optimizer_state import optimizer_bytes
     from p2bw.compiler.topology import make_topology
     from p2bw.compiler.trace import trace
+    from p2bw.modelfile.load import load_model_file
     from p2bw.passes import pipeline, run_passes
-    from p2bw.runtime.modelfile import load_model_file
 
     topology = make_topology(cluster=cluster)
     file = load_model_file(path, factory, {})

@@ -21,7 +21,7 @@ _ROOT = Path(__file__).parent.parent
 _OURS = (
     (_ROOT,)
     if _ROOT.name == "p2bw"
-    else tuple(_ROOT / part for part in ("cli", "compiler", "passes", "runtime"))
+    else tuple(_ROOT / part for part in ("cli", "compiler", "modelfile", "passes", "runtime"))
 )
 _NOT_THE_USERS = tuple(f"{directory}{os.sep}" for directory in (*_OURS, _TORCH))
 

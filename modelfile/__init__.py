@@ -1,0 +1,1 @@
+"""The user's model file: loading it, running its code, its microbatches."""
