@@ -1,9 +1,10 @@
 """What a run is asked to do, and the command line that says so to every rank."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+FLAGS = {"timeout_s": "--timeout"}  # those whose flag is not the field's own name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,9 @@ class Job:
     schedule: str | None = None  # the plan's
     microbatches: int | None = None  # per update; the plan's
     model: Path | None = None  # where the plan says, or the artifact's copy
+    clip_norm: float | None = None  # of the gradients of a whole batch; the plan's
+    weights: Path | None = None  # safetensors to start with; the model file's own by default
+    init: str = "auto"  # "whole" builds the model and slices it, "modules" only the stage's modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,25 +32,28 @@ class Options:
     save: Path | None = None
     result: Path | None = None
     quiet: bool = False
+    checkpoint: Path | None = None  # folder
+    checkpoint_every: int | None = None  # updates
+    keep: int = 2  # checkpoints
+    resume: str | None = None  # "last", or a checkpoint's folder
+    metrics: Path | None = None
+    tensorboard: Path | None = None
+    trace: Path | None = None
 
 
 def command(job: Job, options: Options, ranks: int | str) -> list[str]:
-    """The torchrun line of a job on one machine."""
-    given: Mapping[str, object] = {
-        "--steps": job.steps,
-        "--seed": job.seed or None,
-        "--schedule": job.schedule,
-        "--microbatches": job.microbatches,
-        "--model": job.model,
-        "--device": options.device,
-        "--timeout": options.timeout_s if options.timeout_s != Options().timeout_s else None,
-        "--threads": options.threads,
-        "--save": options.save,
-        "--result": options.result,
+    """The torchrun line of a job on one machine: whatever differs from the defaults, as flags."""
+    default = asdict(Job(artifact=job.artifact, steps=job.steps)) | asdict(Options())
+    given = {
+        name: value
+        for name, value in (asdict(job) | asdict(options)).items()
+        if value != default[name] and value is not True
     }
+    flags = {FLAGS.get(name, "--" + name.replace("_", "-")): v for name, v in given.items()}
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), "-m", "p2bw.runtime", str(job.artifact)),
-        *(str(part) for flag in given.items() if flag[1] is not None for part in flag),
+        *("--steps", str(job.steps)),
+        *(str(part) for flag in flags.items() for part in flag),
         *(["--quiet"] if options.quiet else []),
     ]
