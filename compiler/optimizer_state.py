@@ -16,16 +16,22 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
     """Bytes of optimizer state for a parameter of each type, after one step under fake tensors.
 
     One parameter of each type stands for all of that type: torch's optimizers size their state by
-    the parameter's own shape and dtype.
+    the parameter's own shape and dtype. Where the optimizer goes by names, all are asked about,
+    and the largest counts.
     """
-    types = list(dict.fromkeys(p.type for p in parameters if p.trainable))
-    if not types:
+    trainable = [p for p in parameters if p.trainable]
+    if not file.optimizer_takes_names():
+        first: dict[TensorType, Attribute] = {}
+        for p in trainable:
+            first.setdefault(p.type, p)
+        trainable = list(first.values())
+    if not trainable:
         return MappingProxyType({})
     with FakeTensorMode():
-        fakes = [nn.Parameter(torch.empty(t.shape, dtype=t.dtype)) for t in types]
+        fakes = {p: nn.Parameter(torch.empty(p.type.shape, dtype=p.type.dtype)) for p in trainable}
         try:
-            optimizer = file.optimizer(fakes)
-            for fake in fakes:
+            optimizer = file.optimizer((p.name, fake) for p, fake in fakes.items())
+            for fake in fakes.values():
                 fake.grad = torch.zeros_like(fake)
             optimizer.step()
         except P2BWError:
@@ -35,12 +41,13 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
                 f"{file.path.name}: one step of optimizer(params) fails: {error}; it must be a "
                 "torch.optim.Optimizer that steps without a closure"
             ) from error
-        sizes = {
-            t: sum(
+        sizes = dict.fromkeys((p.type for p in trainable), 0)
+        for p, fake in fakes.items():
+            tensors = optimizer.state.get(fake, {}).values()
+            size = sum(
                 value.untyped_storage().nbytes()
-                for value in optimizer.state.get(fake, {}).values()
+                for value in tensors
                 if isinstance(value, torch.Tensor) and value.numel() > 1
             )
-            for t, fake in zip(types, fakes, strict=True)
-        }
+            sizes[p.type] = max(sizes[p.type], size)
     return MappingProxyType(sizes)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from p2bw.compiler.build import build, build_real
 from p2bw.compiler.flatten import LostConstantError, flatten
 from p2bw.compiler.program import Program
 from p2bw.compiler.trace_env import as_in_eager, tracing
 from p2bw.compiler.trace_errors import explain
+from p2bw.modelfile.build import build, build_real
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.microbatch import describe, map_tensors, seeded
 from p2bw.runtime.errors import ModelError

@@ -82,18 +82,40 @@ class ModelFile:
             f"in inputs() so that it returns a loss"
         )
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The user's optimizer for some of the model's parameters; AdamW by default."""
+    def optimizer(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The user's optimizer for some of the model's parameters; AdamW by default.
+
+        A function whose first argument is `named_parameters` is given (name, parameter) pairs, any
+        other the parameters alone.
+        """
+        pairs = list(named)
+        parameters = [parameter for _, parameter in pairs]
         function = self.function("optimizer")
         if function is None:
             return torch.optim.AdamW(parameters)
         with self.code.running("optimizer()"):
-            made = function(parameters)
-        if isinstance(made, torch.optim.Optimizer):
-            return made
-        raise ModelError(
-            f"{self.path.name}: optimizer() returned {describe(made)}, not a torch.optim.Optimizer"
-        )
+            made = function(pairs if self.optimizer_takes_names() else parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ModelError(
+                f"{self.path.name}: optimizer() returned {describe(made)}, "
+                f"not a torch.optim.Optimizer"
+            )
+        if _required(type(made).step)[1:]:  # after self
+            raise ModelError(
+                f"{self.path.name}: optimizer() returned {describe(made)}, whose step() computes "
+                f"the loss again through a closure; a pipeline gives it one gradient per update, "
+                f"so use an optimizer that steps without one, such as AdamW or SGD"
+            )
+        return made
+
+    def optimizer_takes_names(self) -> bool:
+        """Whether the user's optimizer() asks for (name, parameter) pairs."""
+        function = self.function("optimizer")
+        try:
+            arguments = list(inspect.signature(function).parameters) if function else []
+        except (TypeError, ValueError):
+            return False  # a callable without a signature
+        return arguments[:1] in (["named_parameters"], ["named_params"])
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """The user's learning-rate schedule, or None."""
@@ -324,17 +346,20 @@ def _check_functions(file: ModelFile) -> None:
     loss, targets = file.function("loss"), file.function("targets")
     if targets and not loss:
         raise ModelError(f"{name} has targets() but no loss(outputs, *targets) that takes them")
-    if loss and not targets:
-        required = [
-            p
-            for p in inspect.signature(loss).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        if len(required) > 1 or isinstance(loss, nn.Module):
-            raise ModelError(
-                f"{name} has loss{inspect.signature(loss)} but no targets(batch_size); "
-                f"define it to return example targets"
-            )
+    if loss and not targets and (len(_required(loss)) > 1 or isinstance(loss, nn.Module)):
+        raise ModelError(
+            f"{name} has loss{inspect.signature(loss)} but no targets(batch_size); "
+            f"define it to return example targets"
+        )
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The positional arguments without a default."""
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def _functions(module: ModuleType) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
@@ -89,7 +89,7 @@ class Updater:
         self.optimizer = None
         self.scheduler = None
         if self.parameters:
-            self.optimizer = make_optimizer(list(self.parameters.values()))
+            self.optimizer = make_optimizer(self.parameters.items())
             self.scheduler = make_scheduler(self.optimizer)
 
     def update(self, batch: int, gradients: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2bw.compiler.optimizer_state import optimizer_bytes
+from p2bw.compiler.program import Attribute, TensorType
 from p2bw.modelfile.load import flatten_microbatch, load_model_file, parse_settings
 from p2bw.modelfile.microbatch import map_tensors
 from p2bw.runtime.errors import ModelError, UsageError
@@ -50,8 +52,55 @@ def test_step_of_a_good_file(write):
     assert model.training
     loss = file.call(model, inputs, targets)
     assert torch.equal(loss, ((model(*inputs) - targets[0]) ** 2).mean())
-    assert isinstance(file.optimizer(model.parameters()), torch.optim.AdamW)
-    assert file.scheduler(file.optimizer(model.parameters())) is None
+    assert isinstance(file.optimizer(model.named_parameters()), torch.optim.AdamW)
+    assert file.scheduler(file.optimizer(model.named_parameters())) is None
+
+
+def test_an_optimizer_is_given_names_if_it_asks_for_them(write):
+    by_name = """
+def optimizer(named_parameters):
+    named = dict(named_parameters)
+    return torch.optim.SGD([{"params": [named["weight"]]}, {"params": [named["bias"]], "lr": 7.0}])
+"""
+    file = load_model_file(write(GOOD + by_name))
+    model = file.model()
+    groups = file.optimizer(model.named_parameters()).param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 7.0]
+    assert [group["params"][0] for group in groups] == list(model.parameters())
+    file = load_model_file(write(GOOD + "def optimizer(p):\n    return torch.optim.SGD(p)\n"))
+    (group,) = file.optimizer(model.named_parameters()).param_groups
+    assert group["params"] == list(model.parameters())
+
+
+def test_state_that_depends_on_the_names_is_counted_at_its_largest(write):
+    text = (
+        GOOD.replace("return nn.Linear(8, width, bias=bias)", "return twins()")
+        + """
+def twins():
+    return nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+
+def optimizer(named_parameters):
+    named = list(named_parameters)
+    assert {n for n, _ in named} == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    groups = [{"params": [p], "momentum": 0.9 * (name[0] == "b")} for name, p in named]
+    return torch.optim.SGD(groups, lr=0.1)
+"""
+    )
+    file = load_model_file(write(text))
+    kinds = {"weight": TensorType((8, 8), torch.float32), "bias": TensorType((8,), torch.float32)}
+    parameters = [
+        Attribute((f"{module}.{name}",), kind, trainable=True)
+        for module in "ab"
+        for name, kind in kinds.items()
+    ]
+    assert optimizer_bytes(file, parameters) == {kinds["weight"]: 256, kinds["bias"]: 32}
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(write):
+    text = GOOD + "\ndef optimizer(params):\n    return torch.optim.LBFGS(params)\n"
+    file = load_model_file(write(text))
+    with pytest.raises(ModelError, match=r"LBFGS, whose step\(\) computes the loss again"):
+        file.optimizer(file.model().named_parameters())
 
 
 def test_a_model_may_return_its_loss_or_an_output_that_holds_it(write):

@@ -47,7 +47,7 @@ def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
         model.enter = lambda block: enter(stage_of_block(block, plan.depth))  # type: ignore[assignment]
         return file.call(model, *item)
 
-    optimizer = file.optimizer([p for p in model.parameters() if p.requires_grad])
+    optimizer = file.optimizer((n, p) for n, p in model.named_parameters() if p.requires_grad)
     loop = Reference(
         model=model,
         step=step,

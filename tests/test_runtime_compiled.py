@@ -95,7 +95,7 @@ def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
     )
     torch.manual_seed(job.seed)
     whole = Whole(file.model(), program, plan, job.artifact)
-    optimizer = file.optimizer([p for p in whole.parameters() if p.requires_grad])
+    optimizer = file.optimizer((n, p) for n, p in whole.named_parameters() if p.requires_grad)
 
     def step(model: nn.Module, item: Any, enter: Callable[[int], None]) -> Tensor:
         loss: Tensor = model(flatten_microbatch(*item), enter)

@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2bw.compiler.conversion import converting_fakes
+from p2bw.modelfile.conversion import converting_fakes
 from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.errors import ModelError
 
