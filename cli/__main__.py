@@ -240,6 +240,17 @@ def run_command(
         str | None, typer.Option(help="cpu or cuda.  [cuda where there are enough GPUs]")
     ] = None,
     model: ModelPath = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="A line of JSON per update.  [DIR/metrics.jsonl]", metavar="FILE"),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="The same for TensorBoard.", metavar="DIR")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="What each rank did and when, for ui.perfetto.dev.", metavar="FILE"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -258,6 +269,9 @@ def run_command(
             save=save,
             device=device,
             model=model,
+            metrics=metrics,
+            tensorboard=tensorboard,
+            trace=trace,
             quiet=quiet,
         )
         if as_json:

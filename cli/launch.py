@@ -16,6 +16,7 @@ from p2bw.runtime.errors import P2BWError
 from p2bw.runtime.failure import FAILURE_FILE
 from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.prepare import prepare
+from p2bw.runtime.trace import join
 
 
 def run(
@@ -30,6 +31,9 @@ def run(
     model: str | Path | None = None,
     timeout_s: float = 120,
     threads: int | None = None,
+    metrics: str | Path | None = None,
+    tensorboard: str | Path | None = None,
+    trace: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train an artifact on this machine: {"losses", "samples_per_s", "utilisation"}.
@@ -50,6 +54,9 @@ def run(
         timeout_s=timeout_s,
         threads=threads,
         save=Path(save) if save else None,
+        metrics=Path(metrics) if metrics else None,
+        tensorboard=Path(tensorboard) if tensorboard else None,
+        trace=Path(trace) if trace else None,
         quiet=quiet,
     )
     with tempfile.TemporaryDirectory(prefix="p2bw-run-") as scratch:
@@ -57,6 +64,8 @@ def run(
         if not quiet:
             print(shlex.join(command(job, options, ranks)), file=sys.stderr, flush=True)
         status = _execute(command(job, replace(options, result=result), ranks), failure)
+        if options.trace is not None:
+            join(options.trace, ranks)  # what the ranks of a run that failed have left
         if failure.exists():
             _raise(json.loads(failure.read_text(encoding="utf-8")))
         if status != 0 or not result.exists():

@@ -92,8 +92,10 @@ def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
     worker = build(prepared, place.rank, device, report)
+    if place.rank == 0:
+        report.open(options, done=0)
     meet(place, store, "ready")
-    report.start()
+    report.start(worker.clock)
     worker.run()
     busy_s = worker.clock.busy_s()  # on a GPU: when it has done all this
     elapsed_s = report.stop()
