@@ -5,14 +5,14 @@ the weight version that each uses, when weights are updated, and when messages a
 receives posted. The worker only interprets it; `check` proves it before any rank starts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from p2bw.runtime.errors import UsageError
 from p2bw.runtime.plan import Plan
 
-SCHEDULES = ("2bw", "flush")
+SCHEDULES = ("2bw", "flush", "gpipe", "stash")
 
 
 class Flow(StrEnum):
@@ -21,6 +21,8 @@ class Flow(StrEnum):
     ACTIVATION = "activation"
     GRADIENT = "gradient"
     TIED = "tied"  # the gradient of a parameter that lives on both stages
+    NORMS = "norms"  # of the parameters' gradients, gathered from the last stage down to the first
+    NORM = "norm"  # of all gradients, from the first stage to all others
     LOSS = "loss"  # to the stage of rank 0, which reports it
 
 
@@ -37,18 +39,24 @@ class Channel:
     def distance(self) -> int:
         return abs(self.target - self.source)
 
+    @property
+    def per_batch(self) -> bool:
+        return self.flow not in (Flow.ACTIVATION, Flow.GRADIENT)
+
     def __str__(self) -> str:
         return f"{self.flow} {self.tensor} {self.source}>{self.target}"
 
 
 class Kind(StrEnum):
-    """What a stage does next. Only FORWARD, BACKWARD, UPDATE and MERGE wait for messages."""
+    """What a stage does next. Posting a receive and sending never wait, the others may."""
 
     RECEIVE = "R"  # post the receive of a message
     FORWARD = "F"
     SEND = "S"
     BACKWARD = "B"
-    REDUCE = "A"  # start the sum of the batch's gradients over the replicas
+    CLOSE = "C"  # take the batch's gradients, and start their sum over the replicas
+    GATHER = "G"  # wait for that sum; the shares of tied parameters can be sent
+    NORM = "N"  # add the norms of this stage's gradients to those of the stages behind it
     UPDATE = "U"  # make the next version of the stage's own parameters
     MERGE = "M"  # make the next version of the parameters that it shares with other stages
 
@@ -65,42 +73,74 @@ class Action:
     def __str__(self) -> str:
         if self.channel is not None:
             return f"{self.kind}{self.index}({self.channel})"
-        return f"{self.kind}{self.index}" + ("" if self.kind is Kind.REDUCE else f"w{self.version}")
+        return f"{self.kind}{self.index}" + (f"w{self.version}" if self.kind in "FBUM" else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """All that a schedule is made of."""
+    """All that a schedule is made of. Batches and microbatches keep their numbers on a resume."""
 
     schedule: str
     depth: int
     microbatches: int  # m, per update
-    batches: int
+    first: int = 0  # the batch that the run begins with
+    batches: int  # the one that it ends before
     channels: tuple[Channel, ...]  # each stage's sends in the order in which it makes them
     replicated: bool = False
+    clipped: bool = False  # the norm of the whole batch's gradients is limited
 
-    def version(self, microbatch: int) -> int:
-        """The weight version that a microbatch runs on, at every stage, forward and backward.
+    def version(self, stage: int, microbatch: int) -> int:
+        """The weight version that a microbatch runs on, at a stage, forward and backward.
 
         2bw: batch t runs on W(max(t-1, 0)), a delay of exactly one (PipeDream-2BW, section 3.1).
+        stash: on the newest that the stage has made (PipeDream, section 3.3).
         """
-        batch = microbatch // self.microbatches
-        return max(batch - 1, 0) if self.schedule == "2bw" else batch
+        if self.schedule == "2bw":
+            return max(microbatch // self.microbatches - 1, 0)
+        ahead = self.ahead(stage) if self.schedule == "stash" else 0
+        return max(microbatch - ahead, 0) // self.microbatches
 
-    @property
-    def copies(self) -> int:
+    def copies(self, stage: int) -> int:
         """How many weight versions live at the same time."""
+        if self.schedule == "stash":
+            return -(-self.ahead(stage) // self.microbatches) + 1
         return 2 if self.schedule == "2bw" else 1
 
     def ahead(self, stage: int) -> int:
         """How many forwards a stage runs ahead of its backwards."""
-        if self.schedule == "2bw":
-            return self.depth - 1 - stage
-        return min(self.depth - 1 - stage, self.microbatches - 1)
+        if self.schedule == "gpipe":
+            return self.microbatches - 1
+        ahead = self.depth - 1 - stage
+        return min(ahead, self.microbatches - 1) if self.drains else ahead
+
+    def sums(self, stage: int) -> set[str]:
+        """The tied parameters that the stage is the first to hold: it adds the norms of these."""
+        ties = [c for c in self.channels if c.flow is Flow.TIED]
+        held = {c.tensor for c in ties if c.target == stage}
+        return held - {c.tensor for c in ties if c.source < stage}
+
+    @property
+    def drains(self) -> bool:
+        """Whether every batch ends before the next begins."""
+        return self.schedule in ("flush", "gpipe")
+
+    @property
+    def late(self) -> bool:
+        """Whether updates wait for what other ranks contribute while the next batch runs.
+
+        2bw needs a version only a batch later. The price is a second set of gradients.
+        """
+        return self.schedule == "2bw" and (self.replicated or self.clipped)
 
 
 def make_pipeline(
-    plan: Plan, *, batches: int, schedule: str | None = None, microbatches: int | None = None
+    plan: Plan,
+    *,
+    batches: int,
+    first: int = 0,
+    schedule: str | None = None,
+    microbatches: int | None = None,
+    clipped: bool = False,
 ) -> Pipeline:
     """The pipeline of a plan; UsageError if the schedule cannot run with so few microbatches."""
     schedule = schedule or plan.schedule
@@ -115,19 +155,32 @@ def make_pipeline(
         raise UsageError(
             f"{m} microbatches per update are too few for 2bw with {plan.depth} stages: the "
             f"pipeline would need a third version of the weights; use --microbatches {plan.depth} "
-            f"or more, or --schedule flush"
+            f"or more, a plan of at most {m} stages, or --schedule flush"
         )
+    if schedule == "stash" and clipped:
+        raise UsageError(
+            "under stash the stages update at different times, and there is no norm of a whole "
+            "batch's gradients to clip; use --schedule 2bw or flush, or no --clip-norm"
+        )
+    for tied in plan.tied:
+        if schedule == "stash" and len(tied.stages) > 1:
+            raise UsageError(
+                f"{tied.names[0]} lives on the stages {', '.join(map(str, tied.stages))}, which "
+                f"under stash would run on different versions of it; use --schedule 2bw or flush"
+            )
     return Pipeline(
         schedule=schedule,
         depth=plan.depth,
         microbatches=m,
+        first=first,
         batches=batches,
-        channels=channels(plan),
+        channels=channels(plan, clipped=clipped),
         replicated=plan.width > 1,
+        clipped=clipped,
     )
 
 
-def channels(plan: Plan) -> tuple[Channel, ...]:
+def channels(plan: Plan, *, clipped: bool = False) -> tuple[Channel, ...]:
     """Every channel of a plan, the same tuple on every rank."""
     found = []
     for stage in plan.stages:
@@ -143,77 +196,95 @@ def channels(plan: Plan) -> tuple[Channel, ...]:
             for b in tied.stages
             if a != b
         ]
+    if clipped:
+        found += [Channel(Flow.NORMS, k, k - 1, "all") for k in range(plan.depth - 1, 0, -1)]
+        found += [Channel(Flow.NORM, 0, k, "all") for k in range(1, plan.depth)]
     home, _ = plan.position(0)
     if home != plan.loss_stage:
         found.append(Channel(Flow.LOSS, plan.loss_stage, home, "loss"))
     return tuple(found)
 
 
-def actions(pipe: Pipeline, stage: int) -> Iterator[Action]:
+Allows = Callable[[int], bool]
+
+
+def actions(pipe: Pipeline, stage: int, allows: Allows | None = None) -> Iterator[Action]:
     """The actions of one stage, from the first forward to the last update, made as they are used.
 
     Receives are posted as many messages ahead as the channel spans stages. Then a send always
     finds its receive posted (`check` proves it), and a message crosses while both ends compute.
+    The run ends early before the first batch that `allows` refuses; all stages must be told alike.
     """
-    return _Stage(pipe, stage).actions()
-
-
-def compute_order(pipe: Pipeline, stage: int) -> Iterator[tuple[Kind, int]]:
-    """Forwards and backwards in order: some forwards ahead, then one of each in turn (1F1B).
-
-    2bw never drains the pipeline before the end of the run, flush drains it after every batch.
-    """
-    ahead = pipe.ahead(stage)
-    total = pipe.microbatches * pipe.batches
-    span = total if pipe.schedule == "2bw" else pipe.microbatches
-    for start in range(0, total, span):
-        end = start + span
-        for microbatch in range(start, min(start + ahead, end)):
-            yield Kind.FORWARD, microbatch
-        for microbatch in range(start, end):
-            if microbatch + ahead < end:
-                yield Kind.FORWARD, microbatch + ahead
-            yield Kind.BACKWARD, microbatch
+    return _Stage(pipe, stage, allows or (lambda batch: True)).actions()
 
 
 class _Stage:
     """Weaves messages and updates into the compute order of one stage."""
 
-    def __init__(self, pipe: Pipeline, stage: int) -> None:
+    def __init__(self, pipe: Pipeline, stage: int, allows: Allows) -> None:
         self.pipe = pipe
         self.stage = stage
+        self.allows = allows
         self.posted: dict[Channel, int] = {}
-        self.reduced: int | None = None  # batch whose gradients are summed, update to come
-        self.updated: int | None = None  # batch whose shared parameters are to be merged
-        self.inbound = {
+        # How many batches have come so far.
+        self.closed = self.gathered = self.normed = self.updated = self.merged = pipe.first
+        self.into = {
             f: [c for c in pipe.channels if (c.flow, c.target) == (f, stage)] for f in Flow
         }
-        self.outbound = {
-            f: [c for c in pipe.channels if (c.flow, c.source) == (f, stage)] for f in Flow
-        }
+        self.out = {f: [c for c in pipe.channels if (c.flow, c.source) == (f, stage)] for f in Flow}
+
+    def runs(self, microbatch: int) -> bool:
+        batch = microbatch // self.pipe.microbatches
+        return batch < self.pipe.batches and self.allows(batch)
+
+    def compute_order(self) -> Iterator[tuple[Kind, int]]:
+        """Forwards and backwards: some forwards ahead, then one of each in turn (1F1B).
+
+        A pipeline that drains does so after every batch; the others only at the end of the run.
+        """
+        ahead, m = self.pipe.ahead(self.stage), self.pipe.microbatches
+        forward = backward = self.pipe.first * m
+        while self.runs(forward):
+            end = forward + m if self.pipe.drains else None
+            while forward != end and self.runs(forward):
+                yield Kind.FORWARD, forward
+                forward += 1
+                if forward - backward > ahead:
+                    yield Kind.BACKWARD, backward
+                    backward += 1
+            while backward < forward:
+                yield Kind.BACKWARD, backward
+                backward += 1
 
     def actions(self) -> Iterator[Action]:
         m = self.pipe.microbatches
-        for kind, i in compute_order(self.pipe, self.stage):
+        for kind, i in self.compute_order():
             batch, last = i // m, i % m == m - 1
-            version = self.pipe.version(i)
+            version = self.pipe.version(self.stage, i)
             if kind is Kind.FORWARD:
-                if version > 0 and self.updated == version - 1:
-                    yield from self.merge()
+                yield from self.make(version)
                 yield from self.forward(i, version)
                 if last:
                     yield from self.send(Flow.LOSS, batch)
-            else:
-                yield from self.update()
-                yield from self.backward(i, version)
-                if last:
-                    yield from self.reduce(batch)
-        yield from self.update()
-        yield from self.merge()
+                continue
+            # The first stage needs the next version right after this backward, the others later:
+            # if each adds its part here, every part is where it is needed just in time.
+            joint = self.pipe.clipped or self.into[Flow.TIED]
+            meets = (
+                self.pipe.late and joint and i % m == m - self.pipe.depth and batch == self.closed
+            )
+            if meets:
+                yield from self.gather(self.closed)
+            yield from self.backward(i, version)
+            if meets:
+                yield from self.norm(self.closed)
+            if last:
+                yield from self.close(batch)
+        yield from self.make(self.closed)
 
     def forward(self, i: int, version: int) -> Iterator[Action]:
-        if i == 0:
-            yield from self.receive(Flow.GRADIENT, -1)
+        if i == self.pipe.first * self.pipe.microbatches:
+            yield from self.receive(Flow.GRADIENT, i - 1)
         yield from self.receive(Flow.ACTIVATION, i)
         yield Action(Kind.FORWARD, i, version)
         yield from self.send(Flow.ACTIVATION, i)
@@ -224,57 +295,71 @@ class _Stage:
         yield Action(Kind.BACKWARD, i, version)
         yield from self.send(Flow.GRADIENT, i)
 
-    def reduce(self, batch: int) -> Iterator[Action]:
-        """After a batch's last backward: update, at once if nothing is to be waited for.
+    def close(self, batch: int) -> Iterator[Action]:
+        yield Action(Kind.CLOSE, batch)
+        self.closed = batch + 1
+        if not self.pipe.late:
+            yield from self.update(batch + 1)
 
-        The sum over replicas gets one forward of slack under 2bw. It cannot get more for free:
-        the next backward would need a second set of gradients.
-        """
-        self.reduced = batch
-        if self.pipe.replicated:
-            yield Action(Kind.REDUCE, batch)
-        if not self.pipe.replicated or self.pipe.schedule != "2bw":
-            yield from self.update()
+    def make(self, version: int) -> Iterator[Action]:
+        """See to it that a version is made: as late as possible, before its first forward."""
+        for made in range(min(self.updated, self.merged) + 1, version + 1):
+            yield from self.update(made)
+            yield from self.merge(made)
 
-    def update(self) -> Iterator[Action]:
-        if self.reduced is None:
-            return
-        batch, self.reduced = self.reduced, None
-        yield from self.merge()
-        yield Action(Kind.UPDATE, batch, batch + 1)
-        yield from self.send(Flow.TIED, batch)
-        if self.inbound[Flow.TIED]:
-            self.updated = batch
+    def gather(self, count: int) -> Iterator[Action]:
+        if self.gathered < count:
+            self.gathered = count
+            yield Action(Kind.GATHER, count - 1)
+            yield from self.send(Flow.TIED, count - 1)
 
-    def merge(self) -> Iterator[Action]:
-        """As late as the next version allows: the stages reach the end of a batch one by one."""
-        if self.updated is not None:
-            batch, self.updated = self.updated, None
-            yield Action(Kind.MERGE, batch, batch + 1)
+    def norm(self, count: int) -> Iterator[Action]:
+        if self.pipe.clipped and self.normed < count:
+            self.normed = count
+            yield Action(Kind.NORM, count - 1)
+            yield from self.send(Flow.NORMS, count - 1)
+            yield from self.send(Flow.NORM, count - 1)
+
+    def update(self, version: int) -> Iterator[Action]:
+        if self.updated < version:
+            yield from self.merge(version - 1)
+            yield from self.gather(version)
+            yield from self.norm(version)
+            self.updated = version
+            yield Action(Kind.UPDATE, version - 1, version)
+
+    def merge(self, version: int) -> Iterator[Action]:
+        if self.merged < version:
+            self.merged = version
+            if self.into[Flow.TIED]:
+                yield Action(Kind.MERGE, version - 1, version)
 
     def send(self, flow: Flow, index: int) -> Iterator[Action]:
-        for channel in self.outbound[flow]:
+        for channel in self.out[flow]:
             yield Action(Kind.SEND, index, channel=channel)
 
     def receive(self, flow: Flow, index: int) -> Iterator[Action]:
         """Post what message `index` and those posted ahead of it still lack."""
-        total = self.pipe.microbatches * self.pipe.batches
-        for source in dict.fromkeys(channel.source for channel in self.inbound[flow]):
-            same = [channel for channel in self.inbound[flow] if channel.source == source]
-            end = min(index + same[0].distance + 1, total)
-            for message in range(self.posted.get(same[0], 0), end):
+        for source in dict.fromkeys(channel.source for channel in self.into[flow]):
+            same = [channel for channel in self.into[flow] if channel.source == source]
+            message = self.posted.get(same[0], self.pipe.first * self.pipe.microbatches)
+            while message <= index + same[0].distance and self.runs(message):
                 yield from (Action(Kind.RECEIVE, message, channel=channel) for channel in same)
-            self.posted.update(dict.fromkeys(same, max(end, self.posted.get(same[0], 0))))
+                message += 1
+            self.posted[same[0]] = message
 
     def receive_of_batch(self, i: int) -> Iterator[Action]:
-        """Later stages finish a batch's forwards and updates earlier: post that much ahead."""
-        m = self.pipe.microbatches
-        batch, left = i // m, m - 1 - i % m
-        for flow in (Flow.TIED, Flow.LOSS):
-            for channel in self.inbound[flow]:
-                ahead = min(max(channel.source - self.stage, 0), m - 1)
-                if left == ahead:
-                    yield Action(Kind.RECEIVE, batch, channel=channel)
+        """Later stages finish a batch earlier: post that much ahead what they send then."""
+        batch, offset = divmod(i, self.pipe.microbatches)
+        last = self.pipe.microbatches - 1
+        for channel in (c for f in Flow for c in self.into[f] if c.per_batch):
+            ahead = min(max(channel.source - self.stage, 0), last)
+            if channel.flow is Flow.LOSS:
+                ahead = last  # it comes before the backwards
+            elif channel.flow is Flow.TIED and self.pipe.late:
+                ahead = 0  # it is large, and comes while the next batch runs
+            if last - offset == ahead:
+                yield Action(Kind.RECEIVE, batch, channel=channel)
 
 
 def show(pipe: Pipeline) -> str:
