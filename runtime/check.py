@@ -111,7 +111,9 @@ class _Stage:
         self.posted, self.sent = posted, sent
         self.in_flight: dict[int, int] = {}  # microbatch -> version of its forward
         first = pipe.first
-        self.done = defaultdict(lambda: first)  # kind -> the next batch, or microbatch, to do it
+        self.done: dict[Kind, int] = defaultdict(
+            lambda: first
+        )  # kind -> the next batch, or microbatch, to do it
         self.done |= {kind: first * pipe.microbatches for kind in (Kind.FORWARD, Kind.BACKWARD)}
         self.peak = self.sets = 0
         self.versions = 1

@@ -16,27 +16,25 @@ from p2bw.runtime.plan import Plan, describe
 class Feed:
     """The program inputs of one rank's stage, one microbatch after the other.
 
-    Every rank runs through the same iterator; the microbatch that a pipeline counts as number i is
-    item i * width + replica. User code that draws random numbers while it makes data has a
-    generator state to itself, as the stages draw different numbers from theirs.
+    Every rank runs through the same iterator, of which its replica uses one item of `width`. User
+    code that draws random numbers while it makes data has a generator state to itself, as the
+    stages draw different numbers from theirs.
     """
 
     def __init__(
-        self, plan: Plan, file: ModelFile, stage: int, replica: int, seed: int, device: torch.device
+        self, plan: Plan, file: ModelFile, stage: int, seed: int, device: torch.device
     ) -> None:
         self.plan = plan
         self.names = plan.stages[stage].inputs
-        self.replica = replica
         self.device = device
         self.items = file.data(plan.microbatch, seed)
         self.next_item = 0
         self.state = torch.Generator().manual_seed(seed % 2**63).get_state()
 
-    def microbatch(self, index: int) -> tuple[Tensor, ...]:
-        """The stage's inputs in microbatch `index`; indices must not go back."""
+    def microbatch(self, wanted: int) -> tuple[Tensor, ...]:
+        """The stage's inputs in item `wanted` of the data; the numbers must not go back."""
         if not self.names:
             return ()
-        wanted = index * self.plan.width + self.replica
         assert wanted >= self.next_item
         item: tuple[Any, Any] = (None, None)
         with self._own_generator():

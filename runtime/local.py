@@ -12,7 +12,7 @@ from p2bw.runtime.job import Job
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.schedule import Channel
 from p2bw.runtime.transport import Arrival, PeerError, Reduction
-from p2bw.runtime.worker import Worker
+from p2bw.runtime.worker import Events, Start, Update, Worker
 
 
 class Hub:
@@ -99,20 +99,30 @@ class _Sum:
 
 
 @dataclass(slots=True)
-class Trained:
+class Trained(Events):
     """What a run in one process gives: losses by batch, and each rank's final state."""
 
     losses: list[float] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
 
-    def report(self, batch: int, loss: float) -> None:
-        self.losses.append(loss)
+    def update(self, update: Update) -> None:
+        self.losses.append(update.loss)
+        self.norms.append(update.norm)
 
 
-def train_in_threads(job: Job, device: torch.device | None = None) -> Trained:
-    """Run all ranks of a job as threads of this process, over the in-process transport."""
-    prepared = prepare(job)
+def train_in_threads(
+    job: Job,
+    device: torch.device | None = None,
+    events: Callable[[int], Events] | None = None,
+    starts: Sequence[Start] | None = None,
+) -> Trained:
+    """Run all ranks of a job as threads of this process, over the in-process transport.
+
+    `events` makes the listener of a rank; `starts` holds what each rank goes on from.
+    """
+    prepared = prepare(job, starts[0].step if starts else 0)
     plan = prepared.plan
     device = device or torch.device("cpu")
     hub, trained, alone = Hub(), Trained(), threading.RLock()
@@ -120,8 +130,11 @@ def train_in_threads(job: Job, device: torch.device | None = None) -> Trained:
         stage, replica = plan.position(rank)
         module = initial_stage(prepared, stage, device)
         transport = LocalTransport(hub, stage, replica, plan.width)
-        worker = Worker(prepared, rank, module, device, transport, trained.report, alone)
-        trained.workers.append(worker)
+        listener = events(rank) if events else trained
+        start = starts[rank] if starts else None
+        trained.workers.append(
+            Worker(prepared, rank, module, device, transport, listener, alone, start)
+        )
     count = torch.get_num_threads()
     threads = [threading.Thread(target=_run, args=(w, hub, count)) for w in trained.workers]
     for thread in threads:

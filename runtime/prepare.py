@@ -2,14 +2,17 @@
 
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from p2bw.modelfile.initial import parameter_order
 from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
 from p2bw.runtime.check import check
+from p2bw.runtime.errors import UsageError
 from p2bw.runtime.job import Job
 from p2bw.runtime.plan import Plan, TensorSpec, read_plan
 from p2bw.runtime.schedule import Channel, Flow, Pipeline, make_pipeline
@@ -23,16 +26,38 @@ class Prepared:
     plan: Plan
     file: ModelFile
     pipeline: Pipeline
+    places: Mapping[str, int]  # of trainable parameters in the model's order; if they are clipped
+
+    @property
+    def clip_norm(self) -> float | None:
+        return self.job.clip_norm
 
 
-def prepare(job: Job) -> Prepared:
-    """Read and check all that needs no other rank."""
+def prepare(job: Job, first: int = 0) -> Prepared:
+    """Read and check all that needs no other rank; the run begins with batch `first`."""
     plan = read_plan(job.artifact)
+    clips = job.clip_norm is not None
+    if job.clip_norm is not None and not job.clip_norm > 0:
+        raise UsageError(f"--clip-norm {job.clip_norm:g}: the norm must be positive")
     pipeline = make_pipeline(
-        plan, batches=job.steps, schedule=job.schedule, microbatches=job.microbatches
+        plan,
+        first=first,
+        batches=job.steps,
+        schedule=job.schedule,
+        microbatches=job.microbatches,
+        clipped=clips,
     )
     check(pipeline)
-    return Prepared(job, plan, find_model_file(job.artifact, job.model), pipeline)
+    file = find_model_file(job.artifact, job.model)
+    return Prepared(job, plan, file, pipeline, _places(plan, file) if clips else {})
+
+
+def _places(plan: Plan, file: ModelFile) -> dict[str, int]:
+    places = {name: place for place, name in enumerate(parameter_order(file))}
+    for tied in plan.tied:
+        place = next(places[name] for name in tied.names if name in places)
+        places |= dict.fromkeys(tied.names, place)
+    return places
 
 
 def initial_stage(prepared: Prepared, stage: int, device: torch.device) -> nn.Module:
@@ -59,6 +84,11 @@ def channel_specs(prepared: Prepared, stage: int, module: nn.Module) -> dict[Cha
             continue
         if channel.flow is Flow.LOSS:
             spec = TensorSpec("loss", (), torch.float64)
+        elif channel.flow is Flow.NORM:
+            spec = TensorSpec("norm", (), torch.float32)
+        elif channel.flow is Flow.NORMS:
+            count = max(prepared.places.values(), default=-1) + 1
+            spec = TensorSpec("norms", (count,), torch.float32)
         elif channel.flow is Flow.TIED:
             (tied,) = (t for t in plan.tied if t.names[0] == channel.tensor)
             parameter = next(parameters[name] for name in tied.names if name in parameters)

@@ -18,7 +18,7 @@ from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.report import Report, write_result
 from p2bw.runtime.save import prepare_folder, save_stage, write_index
 from p2bw.runtime.transport import DistributedTransport, PeerError
-from p2bw.runtime.worker import Worker
+from p2bw.runtime.worker import Events, Update, Worker
 
 
 class Store(Protocol):
@@ -75,6 +75,16 @@ def connect(place: Place, timeout_s: float) -> Store:
     return shared
 
 
+class Listener(Events):
+    """What a rank's worker asks and tells, passed on to the parts that know."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def update(self, update: Update) -> None:
+        self.report.update(update.batch, update.loss, update.learning_rate, update.norm)
+
+
 def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     """Do one rank's part of a job, from reading the artifact to the last message."""
     if options.threads:
@@ -91,7 +101,7 @@ def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     device = choose_device(options.device, place)
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
-    worker = build(prepared, place.rank, device, report)
+    worker = build(prepared, place.rank, device, Listener(report))
     if place.rank == 0:
         report.open(options, done=0)
     meet(place, store, "ready")
@@ -109,7 +119,7 @@ def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     dist.destroy_process_group()
 
 
-def build(prepared: Prepared, rank: int, device: torch.device, report: Report) -> Worker:
+def build(prepared: Prepared, rank: int, device: torch.device, events: Events) -> Worker:
     plan = prepared.plan
     stage, replica = plan.position(rank)
     module = initial_stage(prepared, stage, device)
@@ -121,7 +131,7 @@ def build(prepared: Prepared, rank: int, device: torch.device, report: Report) -
         device=device,
         replicas=[s.devices for s in plan.stages],
     )
-    return Worker(prepared, rank, module, device, transport, report.update)
+    return Worker(prepared, rank, module, device, transport, events)
 
 
 def choose_device(asked: str | None, place: Place) -> torch.device:

@@ -48,7 +48,7 @@ class Trace:
         """A span. That of a receive, and of a sum over replicas, is the time of waiting for it."""
         start, end = (round((s - self.zero_s) * 1e9) for s in (start_s, end_s))
         end = max(end, start + 2)  # ns
-        channel, tid = action.channel, int(action.channel is not None or action.kind is Kind.REDUCE)
+        channel, tid = action.channel, int(action.channel is not None or action.kind is Kind.GATHER)
         span: dict[str, object] = {"tid": tid, "ts": start / 1000, "dur": (end - start) / 1000}
         if channel is None:
             args = {"index": action.index, "version": action.version, "replica": self.replica}

@@ -1,6 +1,8 @@
 """The weights of one stage: one or two versions as sets of leaf tensors, and their update."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,6 +10,19 @@ from torch import Tensor, nn
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """What one rank needs to go on from a weight version, by the model's names of parameters.
+
+    Tensors are called weights/NAME, previous/NAME (a version before; previous2/NAME two before),
+    master/NAME, buffers/NAME and optimizer/KEY/NAME. `values` holds for each NAME the plain
+    numbers of its "state" in the optimizer and the hyperparameters of its "group".
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Weights:
@@ -58,14 +73,37 @@ class Weights:
                     setattr(owner, attribute, leaf)
             self.plugged = index
 
-    def take_gradients(self, version: int) -> dict[str, Tensor]:
-        """The gradients summed on a version's leaves, which then have none: a batch is over."""
-        taken = {}
-        for name, leaf in self.leaves(version).items():
-            if leaf.grad is not None:
-                taken[name] = leaf.grad
-                leaf.grad = None
+    def save(self, state: StageState, step: int, buffers: Mapping[str, Tensor]) -> None:
+        """Add to a state: version `step`, the versions that live before it, and buffers."""
+        for age in range(len(self.sets)):
+            for name, leaf in self.leaves(step - age).items():
+                state.tensors[f"{_prefix(age)}/{name}"] = leaf.detach()
+        state.tensors.update({f"buffers/{name}": buffer for name, buffer in buffers.items()})
+
+    def load(self, state: StageState, step: int) -> None:
+        """Go on from a state; a version that it lacks begins as the newest."""
+        with torch.no_grad():
+            for age in range(len(self.sets)):
+                for name, leaf in self.leaves(step - age).items():
+                    newest = state.tensors[f"weights/{name}"]
+                    leaf.copy_(state.tensors.get(f"{_prefix(age)}/{name}", newest))
+            for name, buffer in self.module.named_buffers():
+                if f"buffers/{name}" in state.tensors:
+                    buffer.copy_(state.tensors[f"buffers/{name}"])
+
+    def take_gradients(self, versions: Iterable[int]) -> dict[str, Tensor]:
+        """The gradients summed on some versions' leaves, which then have none: a batch is over."""
+        taken: dict[str, Tensor] = {}
+        for version in versions:
+            for name, leaf in self.leaves(version).items():
+                if leaf.grad is not None:
+                    taken[name] = taken[name] + leaf.grad if name in taken else leaf.grad
+                    leaf.grad = None
         return taken
+
+
+def _prefix(age: int) -> str:
+    return ("weights", "previous")[age] if age < 2 else f"previous{age}"
 
 
 class Updater:
@@ -73,7 +111,8 @@ class Updater:
 
     The optimizer sees Parameters of its own that never enter an autograd graph; before each step
     they are pointed at the memory of the version to be made. So there is one optimizer state, and
-    no third copy of the weights.
+    no third copy of the weights. Of weights in 16 bits it sees fp32 masters instead, which are
+    rounded to give each version (Micikevicius et al., "Mixed Precision Training", section 3.1).
     """
 
     def __init__(
@@ -85,28 +124,111 @@ class Updater:
     ) -> None:
         self.weights = weights
         leaves = weights.leaves(0)
-        self.parameters = {name: nn.Parameter(leaves[name].data) for name in names}
+        self.parameters = {name: nn.Parameter(_master(leaves[name])) for name in names}
+        self.direct = [n for n, p in self.parameters.items() if p.dtype == leaves[n].dtype]
+        self.rounded = [n for n, p in self.parameters.items() if p.dtype != leaves[n].dtype]
         self.optimizer = None
         self.scheduler = None
         if self.parameters:
             self.optimizer = make_optimizer(self.parameters.items())
             self.scheduler = make_scheduler(self.optimizer)
 
-    def update(self, batch: int, gradients: Mapping[str, Tensor]) -> None:
-        """W(batch + 1) = optimizer(W(batch), gradients), into the memory of the oldest version."""
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the next update, in the first group of parameters."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else None
+
+    def update(
+        self, batch: int, gradients: Mapping[str, Tensor], scale: Tensor | None = None
+    ) -> None:
+        """W(batch + 1) = optimizer(W(batch), scale * gradients), in the oldest version's memory."""
         if self.optimizer is None:
             return
         old, new = self.weights.leaves(batch), self.weights.leaves(batch + 1)
         with torch.no_grad():
+            if new is not old and self.direct:
+                torch._foreach_copy_([new[n] for n in self.direct], [old[n] for n in self.direct])
             for name, parameter in self.parameters.items():
-                if new is not old:
-                    new[name].copy_(old[name])
-                parameter.data = new[name].data
-                parameter.grad = gradients.get(name)
+                if parameter.dtype == new[name].dtype:
+                    parameter.data = new[name].data
+                gradient = gradients.get(name)
+                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+            given = [p.grad for p in self.parameters.values() if p.grad is not None]
+            if scale is not None and given:
+                torch._foreach_mul_(given, scale)
         self.optimizer.step()
+        if self.rounded:
+            with torch.no_grad():
+                masters: list[Tensor] = [self.parameters[n] for n in self.rounded]
+                torch._foreach_copy_([new[n] for n in self.rounded], masters)
         # Writing through another tensor, the optimizer left no trace on the leaves: with it, a
         # backward that still needs the overwritten version raises instead of being wrong.
         torch.autograd.graph.increment_version([new[name] for name in self.parameters])
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def save(self, state: StageState) -> None:
+        """Add to a state: masters, and what the optimizer keeps of each parameter."""
+        for name in self.rounded:
+            state.tensors[f"master/{name}"] = self.parameters[name].detach()
+        groups = self.optimizer.param_groups if self.optimizer else []
+        group_of = {parameter: group for group in groups for parameter in group["params"]}
+        for name, parameter in self.parameters.items():
+            kept = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+            plain: dict[str, Any] = {}
+            for key, value in kept.items():
+                if isinstance(value, Tensor):
+                    state.tensors[f"optimizer/{key}/{name}"] = value
+                else:
+                    plain[key] = value
+            group = {k: v for k, v in group_of.get(parameter, {}).items() if k != "params"}
+            state.values[name] = {"state": plain, "group": _plain(group)}
+
+    def load(self, state: StageState, step: int) -> None:
+        """Go on from a state after `step` updates.
+
+        The learning-rate schedule is replayed: it depends on the number of updates alone.
+        """
+        for name in self.rounded:
+            master = state.tensors.get(f"master/{name}", state.tensors[f"weights/{name}"])
+            self.parameters[name].data.copy_(master)
+        if self.optimizer is None:
+            return
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(step):
+                if self.scheduler is not None:
+                    self.scheduler.step()
+        for group in self.optimizer.param_groups:
+            name = names[group["params"][0]] if group["params"] else ""
+            for key, value in state.values.get(name, {}).get("group", {}).items():
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        for key, value in state.tensors.items():
+            kind, _, rest = key.partition("/")
+            kept, _, name = rest.partition("/")
+            if kind == "optimizer" and name in self.parameters:
+                parameter = self.parameters[name]
+                placed = value.to(parameter.device) if value.dim() else value
+                self.optimizer.state[parameter][kept] = placed
+        for name, parameter in self.parameters.items():
+            if plain := state.values.get(name, {}).get("state"):
+                self.optimizer.state[parameter].update(plain)
+
+
+def _master(leaf: nn.Parameter) -> Tensor:
+    small = leaf.dtype in (torch.bfloat16, torch.float16)
+    return leaf.detach().float() if small else leaf.data
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that are numbers; what else a group holds, the user's code makes anew."""
+    numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
+    kinds = (int, float, bool, str, type(None))
+    return {
+        key: list(value) if isinstance(value, (tuple, list)) else value
+        for key, value in numbers.items()
+        if isinstance(value, kinds)
+        or (isinstance(value, (tuple, list)) and all(isinstance(v, kinds) for v in value))
+    }

@@ -1,8 +1,10 @@
 """The worker: performs the actions of one rank's schedule."""
 
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,55 @@ from p2bw.runtime.plan import Plan
 from p2bw.runtime.prepare import Prepared
 from p2bw.runtime.schedule import Action, Channel, Flow, Kind, actions
 from p2bw.runtime.transport import Arrival, Reduction, Transport
-from p2bw.runtime.weights import Updater, Weights
+from p2bw.runtime.weights import StageState, Updater, Weights
 
 
 class LossError(ModelError):
-    """The loss is not a number any more; no weights were updated with it."""
+    """The loss or its gradient is not a number any more; no weights were updated with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What rank 0 learns of a batch."""
+
+    batch: int
+    loss: float
+    norm: float | None  # of all gradients, where they are clipped
+    learning_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run goes on: after `step` updates and `items` of the data."""
+
+    state: StageState
+    step: int
+    items: int
+
+
+class Events:
+    """What a worker asks and tells the world around it; here: nothing to stop or keep."""
+
+    tracing = False  # whether `action` is to be called
+
+    def allows(self, batch: int) -> bool:
+        """Whether a batch may begin; False ends the run before it, on all ranks alike."""
+        return True
+
+    def wants(self, step: int) -> bool:
+        """Whether `checkpoint` is to be called after so many updates, on all ranks alike."""
+        return False
+
+    def checkpoint(self, step: int, state: StageState) -> None:
+        """The state after an update. Training changes its tensors as soon as this returns."""
+
+    def update(self, update: Update) -> None:
+        """A batch is done; on rank 0 alone."""
+
+    def action(self, action: Action, start_s: float, end_s: float) -> None:
+        """The span of a computation, of a send, or of waiting for what was received.
+
+        Seconds of time.perf_counter."""
 
 
 class Worker:
@@ -32,47 +78,64 @@ class Worker:
         module: nn.Module,
         device: torch.device,
         transport: Transport,
-        on_update: Callable[[int, float], None],
+        events: Events,
         alone: AbstractContextManager[object] | None = None,
+        start: Start | None = None,
     ) -> None:
-        """On rank 0, `on_update(batch, loss)` is called after each update. `alone` is held while
-        computing, where ranks share a process and its random generator."""
+        """`alone` is held while computing, where ranks share a process and its random generator."""
         plan, file, seed = prepared.plan, prepared.file, prepared.job.seed
-        stage, self.replica = plan.position(rank)
-        self.stage = plan.stages[stage]
+        self.rank = rank
+        index, self.replica = plan.position(rank)
+        self.stage = plan.stages[index]
         self.width = plan.width
-        self.pipeline = prepared.pipeline
+        self.pipeline = pipe = prepared.pipeline
         self.transport = transport
-        self.on_update = on_update if rank == 0 else None
+        self.events = events
         self.alone = alone or nullcontext()
-        self.clock = Clock(device)
-        self.feed = Feed(plan, file, stage, self.replica, seed, device)
+        self.device = device
+        self.step = start.step if start else 0  # how many updates were made, ever
+        self.at: Action | None = None  # what it performs, or waits in, now
+        self.record = events.action if events.tracing else None
+        self.clock = Clock(device, self.record)
+        self.feed = Feed(plan, file, index, seed, device)
+        self.items = start.items if start else 0  # of the data, before this run
+        self.clip_norm = prepared.clip_norm
+        self.places = prepared.places  # of parameters in the order of the model
 
-        self.weights = Weights(module, self.pipeline.copies)
-        share = 1 / (self.pipeline.microbatches * self.width)
+        self.weights = Weights(module, pipe.copies(index))
+        share = 1 / (pipe.microbatches * self.width)
         self.compute = Compute(self.stage, module, self.weights, seed, device, share)
-        self.tied = _tied_parameters(plan, stage, module)  # canonical name -> name in the stage
+        self.tied = _tied_parameters(plan, index, module)  # canonical name -> name in the stage
         own = [name for name in self.weights.names if name not in self.tied.values()]
         tied = [name for name in self.weights.names if name in self.tied.values()]
         self.own = Updater(self.weights, own, file.optimizer, file.scheduler)
         self.shared = Updater(self.weights, tied, file.optimizer, file.scheduler)
+        if start:
+            for part in (self.weights, self.own, self.shared):
+                part.load(start.state, start.step)
 
         self.inbound: dict[Flow, list[Channel]] = defaultdict(list)
         self.outbound: dict[Flow, list[Channel]] = defaultdict(list)
-        for channel in self.pipeline.channels:
-            if channel.target == stage:
+        for channel in pipe.channels:
+            if channel.target == index:
                 self.inbound[channel.flow].append(channel)
-            if channel.source == stage:
+            if channel.source == index:
                 self.outbound[channel.flow].append(channel)
         # A tensor's gradients are added as autograd would add them, those of later uses first.
         self.inbound[Flow.GRADIENT].sort(key=lambda channel: -channel.source)
-        self.arriving: dict[Channel, deque[Arrival]] = defaultdict(deque)
+        self.arriving: dict[Channel, deque[tuple[Action, Arrival]]] = defaultdict(deque)
         self.leaving: dict[Channel, Tensor] = {}
         self.losses: list[Tensor] = []  # of the current batch's microbatches
-        self.batch_losses: deque[Tensor] = deque()  # of whole batches, where they are reported
-        self.gradients: dict[str, Tensor] = {}  # of the batch to be updated with
-        self.shares: dict[str, Tensor] = {}  # of those, the tied parameters', to be merged
-        self.reduction: Reduction | None = None
+        self.batch_losses: dict[int, Tensor] = {}  # of whole batches, where they are reported
+        self.buffers: dict[
+            int, dict[str, Tensor]
+        ] = {}  # step -> as they were then, for checkpoints
+        # Of batches that are closed, but not updated with:
+        self.gradients: dict[int, dict[str, Tensor]] = {}
+        self.reductions: dict[int, Reduction] = {}
+        self.shares: dict[str, Tensor] = {}  # the stage's part of tied parameters' gradients
+        self.sums: dict[str, Tensor] = {}  # and of all stages
+        self.norm: Tensor | None = None
 
     def run(self) -> None:
         """Perform the whole schedule."""
@@ -81,45 +144,71 @@ class Worker:
             Kind.SEND: self._send,
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
-            Kind.REDUCE: self._reduce,
+            Kind.CLOSE: self._close,
+            Kind.GATHER: self._gather,
+            Kind.NORM: self._norm,
             Kind.UPDATE: self._update,
             Kind.MERGE: self._merge,
         }
-        for action in actions(self.pipeline, self.stage.index):
+        for action in actions(self.pipeline, self.stage.index, self.events.allows):
+            self.at = action
             perform[action.kind](action)
+        self.at = None
         self.transport.finish()
+
+    def state(self) -> StageState:
+        """What a run needs to go on from here, at the end of this one."""
+        return self._state(self.step, dict(self.weights.module.named_buffers()))
 
     def final_state(self) -> dict[str, Tensor]:
         """The stage's part of the trained model, by the model's own names."""
-        self.weights.use(self.pipeline.batches)
+        self.weights.use(self.step)
         state: dict[str, Tensor] = self.weights.module.state_dict()
         return state
 
     def _receive(self, action: Action) -> None:
         assert action.channel is not None
-        self.arriving[action.channel].append(self.transport.receive(action.channel))
+        self.arriving[action.channel].append((action, self.transport.receive(action.channel)))
 
     def _send(self, action: Action) -> None:
         assert action.channel is not None
-        self.transport.send(action.channel, self.leaving.pop(action.channel))
+        with self._recorded(action):
+            self.transport.send(action.channel, self.leaving.pop(action.channel))
 
     def _take(self, channel: Channel) -> Tensor:
-        return self.arriving[channel].popleft().wait()
+        action, arrival = self.arriving[channel].popleft()
+        with self._recorded(action):
+            return arrival.wait()
 
-    def _number(self, microbatch: int) -> int:
-        return microbatch * self.width + self.replica
+    @contextmanager
+    def _recorded(self, action: Action) -> Iterator[None]:
+        if self.record is None:
+            yield
+            return
+        start_s = time.perf_counter()
+        yield
+        self.record(action, start_s, time.perf_counter())
+
+    def _item(self, microbatch: int) -> int:
+        """The number in the data, counted over all replicas, of the pipeline's microbatch."""
+        first = self.pipeline.first * self.pipeline.microbatches
+        return self.items + (microbatch - first) * self.width + self.replica
 
     def _forward(self, action: Action) -> None:
         received = {c.tensor: self._take(c) for c in self.inbound[Flow.ACTIVATION]}
-        with self.alone, self.clock.computing():
-            inputs = self.feed.microbatch(action.index)
-            named = dict(zip(self.stage.inputs, inputs, strict=True)) | received
+        item = self._item(action.index)
+        with self.alone, self.clock.computing(action):
+            named = dict(zip(self.stage.inputs, self.feed.microbatch(item), strict=True)) | received
             arguments = [named[name] for name in self.stage.arguments]
-            results = self.compute.forward(self._number(action.index), action.version, arguments)
+            results = self.compute.forward(item, action.version, arguments)
         for channel in self.outbound[Flow.ACTIVATION]:
             self.leaving[channel] = results[channel.tensor]
         if self.stage.loss is not None:
             self._keep_loss(results[self.stage.loss], action.index)
+        batch, index = divmod(action.index, self.pipeline.microbatches)
+        if index == self.pipeline.microbatches - 1 and self.events.wants(batch + 1):
+            buffers = self.weights.module.named_buffers()
+            self.buffers[batch + 1] = {name: buffer.clone() for name, buffer in buffers}
 
     def _backward(self, action: Action) -> None:
         gradients: dict[str, Tensor] = {}
@@ -127,8 +216,8 @@ class Worker:
             gradient = self._take(channel)
             known = gradients.get(channel.tensor)
             gradients[channel.tensor] = gradient if known is None else known + gradient
-        with self.alone, self.clock.computing():
-            found = self.compute.backward(self._number(action.index), action.version, gradients)
+        with self.alone, self.clock.computing(action):
+            found = self.compute.backward(self._item(action.index), action.version, gradients)
         for channel in self.outbound[Flow.GRADIENT]:
             self.leaving[channel] = found[channel.tensor]
 
@@ -143,64 +232,117 @@ class Worker:
         if bad:
             raise LossError(
                 f"the loss is {losses[bad[0]].item()} at step {batch + 1}, microbatch {bad[0]} "
-                f"of replica {self.replica}; that step changed no weights; a lower learning rate "
-                f"is the usual cure"
+                f"of replica {self.replica} (stage {self.stage.index}); that step changed no "
+                f"weights; a lower learning rate is the usual cure"
             )
         loss = losses.sum() / (self.pipeline.microbatches * self.width)
         for channel in self.outbound[Flow.LOSS]:
             self.leaving[channel] = loss
         if not self.outbound[Flow.LOSS]:  # it is reported here
-            self.batch_losses.append(loss)
+            self.batch_losses[batch] = loss
 
-    def _reduce(self, action: Action) -> None:
-        self._collect(action.index)
-        tensors = [*self.gradients.values(), *list(self.batch_losses)[:1]]
-        self.reduction = self.transport.reduce(tensors)
-
-    def _collect(self, batch: int) -> None:
-        """The batch's gradients and loss, this replica's part of them."""
-        version = self.pipeline.version(batch * self.pipeline.microbatches)
-        self.gradients = self.weights.take_gradients(version)
+    def _close(self, action: Action) -> None:
+        """Take the batch's gradients and loss, this replica's part of them."""
+        batch, m, stage = action.index, self.pipeline.microbatches, self.stage.index
+        oldest = self.pipeline.version(stage, batch * m)
+        newest = self.pipeline.version(stage, batch * m + m - 1)
+        self.gradients[batch] = self.weights.take_gradients(range(oldest, newest + 1))
         for channel in self.inbound[Flow.LOSS]:
-            self.batch_losses.append(self._take(channel))
+            self.batch_losses[batch] = self._take(channel)
+        if self.pipeline.replicated:
+            losses = [self.batch_losses[batch]] if batch in self.batch_losses else []
+            tensors = [*self.gradients[batch].values(), *losses]
+            self.reductions[batch] = self.transport.reduce(tensors)
 
-    def _update(self, action: Action) -> None:
-        if self.reduction is None:
-            self._collect(action.index)
-        else:
-            self.reduction.wait()
-            self.reduction = None
-        with self.alone, self.clock.computing():
-            self.own.update(action.index, self.gradients)
+    def _gather(self, action: Action) -> None:
+        """The gradients are those of all replicas now; set apart what other stages share in."""
+        if self.pipeline.replicated:
+            with self._recorded(action):
+                self.reductions.pop(action.index).wait()
+        gradients = self.gradients[action.index]
         for tensor, name in self.tied.items():
-            self.shares[tensor] = self._share(name)
-        self.gradients = {}
+            share = gradients.pop(name, None)
+            parameter = self.weights.module.get_parameter(name)
+            self.shares[tensor] = torch.zeros_like(parameter) if share is None else share
         for channel in self.outbound[Flow.TIED]:
             self.leaving[channel] = self.shares[channel.tensor]
-        if self.batch_losses:
-            loss = self.batch_losses.popleft()
-            if self.on_update is not None:
-                self.on_update(action.index, loss.item())
+
+    def _sum(self, tensors: Iterable[str]) -> None:
+        """Add up the gradients of tied parameters, stage by stage: alike wherever they live."""
+        for tensor in tensors:
+            terms = {c.source: self._take(c) for c in self.inbound[Flow.TIED] if c.tensor == tensor}
+            terms[self.stage.index] = self.shares.pop(tensor)
+            first, *rest = (terms[stage] for stage in sorted(terms))
+            self.sums[self.tied[tensor]] = sum(rest, start=first)
+
+    def _norm(self, action: Action) -> None:
+        """Add this stage's norms to those of the stages behind it, at their places in the model.
+
+        The first stage has them all then: the norm of these is torch's clip_grad_norm_'s, to the
+        bit, however the model is cut.
+        """
+        self._sum(self.pipeline.sums(self.stage.index))
+        known = [self._take(c) for c in self.inbound[Flow.NORMS]]
+        with self.alone, self.clock.computing(action):
+            norms = known[0] if known else self._no_norms()
+            for name, gradient in (self.gradients[action.index] | self.sums).items():
+                norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                norms[self.places[name]] = norm
+        for channel in self.outbound[Flow.NORMS]:
+            self.leaving[channel] = norms
+        if self.stage.index == 0:
+            self.norm = torch.linalg.vector_norm(norms[norms != -1])
+            if not self.norm.isfinite():
+                names = [n for n, place in self.places.items() if not norms[place].isfinite()]
+                raise LossError(
+                    f"the gradient of {names[0]} is not finite at step {action.index + 1}; that "
+                    f"step changed no weights; a lower learning rate is the usual cure"
+                )
+            for channel in self.outbound[Flow.NORM]:
+                self.leaving[channel] = self.norm
+
+    def _no_norms(self) -> Tensor:
+        count = max(self.places.values(), default=-1) + 1
+        return torch.full((count,), -1.0, device=self.device)
+
+    def _scale(self) -> Tensor | None:
+        """What the gradients are multiplied with to clip their norm."""
+        if self.clip_norm is None or self.norm is None:
+            return None
+        return torch.clamp(self.clip_norm / (self.norm + 1e-6), max=1.0)
+
+    def _update(self, action: Action) -> None:
+        for channel in self.inbound[Flow.NORM]:
+            self.norm = self._take(channel)
+        rate = self.own.learning_rate or self.shared.learning_rate
+        with self.alone, self.clock.computing(action):
+            self.own.update(action.index, self.gradients.pop(action.index), self._scale())
+        if action.index in self.batch_losses and self.rank == 0:
+            loss = self.batch_losses[action.index].item()
+            norm = None if self.norm is None else self.norm.item()
+            self.events.update(Update(action.index, loss, norm, rate))
+        self.batch_losses.pop(action.index, None)
+        if not self.tied:
+            self._made(action.version)
 
     def _merge(self, action: Action) -> None:
-        """Add up the gradients of tied parameters, stage by stage: alike wherever they live."""
-        terms = {(c.tensor, c.source): self._take(c) for c in self.inbound[Flow.TIED]}
-        sums = {}
-        for tensor, name in self.tied.items():
-            terms[tensor, self.stage.index] = self.shares.pop(tensor)
-            stages = sorted(stage for t, stage in terms if t == tensor)
-            total = terms[tensor, stages[0]]
-            for stage in stages[1:]:
-                total = total + terms[tensor, stage]
-            sums[name] = total
-        with self.alone, self.clock.computing():
-            self.shared.update(action.index, sums)
+        self._sum([*self.shares])
+        with self.alone, self.clock.computing(action):
+            self.shared.update(action.index, self.sums, self._scale())
+        self.sums = {}
+        self._made(action.version)
 
-    def _share(self, name: str) -> Tensor:
-        """This stage's part of a tied parameter's gradient; zeros if it has none."""
-        gradient = self.gradients.get(name)
-        parameter = self.weights.module.get_parameter(name)
-        return torch.zeros_like(parameter) if gradient is None else gradient
+    def _made(self, version: int) -> None:
+        self.step = version
+        if (buffers := self.buffers.pop(version, None)) is not None:
+            self.events.checkpoint(version, self._state(version, buffers))
+
+    def _state(self, step: int, buffers: Mapping[str, Tensor]) -> StageState:
+        state = StageState()
+        self.weights.save(state, step, buffers)
+        self.own.save(state)
+        self.shared.save(state)
+        return state
 
 
 def _tied_parameters(plan: Plan, stage: int, module: nn.Module) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """A small model with everything that is hard for a pipeline, and its artifact, written by hand.
 
-Tied embedding and head, dropout, BatchNorm, a frozen parameter, a parameter without a gradient, a
-skip connection that fans out to two later stages, a tensor that travels transposed, one that is
-expanded and one of booleans. So the runtime's tests depend on no other part of p2bw.
+Tied embedding and head, two groups of parameters, dropout, BatchNorm, a frozen parameter, a
+parameter without a gradient, a skip connection that fans out to two later stages, a tensor that
+travels transposed, one that is expanded and one of booleans. So the runtime's tests depend on no
+other part of p2bw.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 BLOCKS = 4
+AUTOCAST = False
 made_with = "sgd"
 
 
@@ -30,8 +32,9 @@ class Block(nn.Module):
         self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        y = F.gelu(self.norm(self.up(self.ln(x)))) + self.unused.detach().sum() * 0
-        return x + F.dropout(self.down(y), 0.2) * self.gain
+        with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+            y = F.gelu(self.norm(self.up(self.ln(x)))) + self.unused.detach().sum() * 0
+            return x + F.dropout(self.down(y), 0.2) * self.gain
 
 
 class Net(nn.Module):
@@ -58,10 +61,10 @@ class Net(nn.Module):
         return self.head(x) * 0.2
 
 
-def model(tied=True, optimizer="sgd"):
+def model(tied=True, optimizer="sgd", dtype="float32"):
     global made_with
     made_with = optimizer
-    return Net(tied)
+    return Net(tied).to(getattr(torch, dtype))
 
 
 def inputs(batch_size):
@@ -78,9 +81,13 @@ def loss(logits, labels):
 
 def optimizer(params):
     params = list(params)
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in params if p.dim() < 2], "lr": 0.03},
+    ]
     if made_with == "sgd":
-        return torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=0.01)
-    return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
+        return torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=0.01)
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
 
 
 def scheduler(optimizer):
@@ -91,6 +98,8 @@ _STAGE = """\
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+AUTOCAST = {autocast}
 
 
 class Block(nn.Module):
@@ -104,8 +113,9 @@ class Block(nn.Module):
         self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        y = F.gelu(self.norm(self.up(self.ln(x)))) + self.unused.detach().sum() * 0
-        return x + F.dropout(self.down(y), 0.2) * self.gain
+        with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+            y = F.gelu(self.norm(self.up(self.ln(x)))) + self.unused.detach().sum() * 0
+            return x + F.dropout(self.down(y), 0.2) * self.gain
 
 
 class Stage(nn.Module):
@@ -132,20 +142,24 @@ def write_artifact(
     microbatch: int = 3,
     recompute: Collection[int] = (),
     optimizer: str = "sgd",
+    schedule: str = "2bw",
+    tied: bool = True,
+    autocast: bool = False,
+    dtype: str = "float32",
     edit: Callable[[str], str] = str,
 ) -> Path:
     """Write the model file (after an edit), plan.json and the stages to a folder."""
-    model = edit(MODEL)
+    model = edit(MODEL).replace("AUTOCAST = False", f"AUTOCAST = {autocast}")
     (folder / "stages").mkdir(parents=True)
     (folder / "source").mkdir()
     (folder / "source" / "handmade.py").write_text(model)
     last = depth - 1
     middle = stage_of_block(2, depth)
-    edges = [("x", k, k + 1, (microbatch, 8), "float32", True) for k in range(last)]
+    edges = [("x", k, k + 1, (microbatch, 8), dtype, True) for k in range(last)]
     if middle > 0:
-        edges.append(("x0t", 0, middle, (8, microbatch), "float32", True))
+        edges.append(("x0t", 0, middle, (8, microbatch), dtype, True))
     if last > middle:
-        edges.append(("x0t", 0, last, (8, microbatch), "float32", True))
+        edges.append(("x0t", 0, last, (8, microbatch), dtype, True))
     if last > 0:
         edges.append(("mask", 0, last, (microbatch, 8), "bool", False))
     stages = []
@@ -166,13 +180,15 @@ def write_artifact(
         if k == last:
             inputs.append("labels")
             init.append("self.head = nn.Linear(8, 11, bias=False)")
-            if k == 0:
+            if k == 0 and tied:
                 init.append("self.head.weight = self.wte.weight")
             body.append("x = x + torch.where(mask, x0t.t(), 0.0)")
             body.append("loss = F.cross_entropy(self.head(x) * 0.2, labels)")
+        init.append(f"self.to(torch.{dtype})")
         arguments = [*inputs, *(e[0] for e in receives)]
         results = list(dict.fromkeys(e[0] for e in sends)) + (["loss"] if k == last else [])
         text = _STAGE.format(
+            autocast=autocast,
             init="\n".join(f"        {line}" for line in init),
             arguments=", ".join(arguments),
             body="\n".join(f"        {line}" for line in body),
@@ -196,10 +212,10 @@ def write_artifact(
         "model": {
             "file": "handmade.py",
             "factory": "model",
-            "settings": {"optimizer": optimizer},
+            "settings": {"optimizer": optimizer, "tied": tied, "dtype": dtype},
             "sha256": hashlib.sha256(model.encode()).hexdigest(),
         },
-        "schedule": "2bw",
+        "schedule": schedule,
         "depth": depth,
         "width": width,
         "microbatch": microbatch,
@@ -208,7 +224,7 @@ def write_artifact(
             {"name": "tokens", "shape": [microbatch, 5], "dtype": "int64"},
             {"name": "labels", "shape": [microbatch], "dtype": "int64"},
         ],
-        "tied": [{"names": ["wte.weight", "head.weight"], "stages": sorted({0, last})}],
+        "tied": [{"names": ["wte.weight", "head.weight"], "stages": sorted({0, last})}] * tied,
         "stages": stages,
     }
     (folder / "plan.json").write_text(json.dumps(plan))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from p2bw.launch import FAILURE_FILE
 from p2bw.runtime.job import Job
 from p2bw.runtime.prepare import prepare
-from p2bw.runtime.rank import build, connect, find_place, join, meet
+from p2bw.runtime.rank import Listener, build, connect, find_place, join, meet
 from p2bw.runtime.report import Report
 
 
@@ -34,11 +34,12 @@ def main() -> None:
             steps=given["steps"],
             schedule=given["schedule"],
             microbatches=given["microbatches"],
+            clip_norm=given.get("clip_norm"),
         )
         prepared = prepare(job)
         if place.rank < prepared.plan.ranks:
             report = Report(prepared, say=False)
-            worker = build(prepared, place.rank, device, report)
+            worker = build(prepared, place.rank, device, Listener(report))
             worker.run()
             out = Path(given["out"])
             save_file(

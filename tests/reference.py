@@ -35,6 +35,9 @@ class Reference:
     seed: int = 0
     delay: int = 1  # 0: synchronous
     tied: Sequence[Sequence[str]] = ()  # parameters that should be one, in the order of their sum
+    clip_norm: float | None = None
+    masters: dict[str, nn.Parameter] = field(default_factory=dict)  # what the optimizer sees
+    norms: list[float] = field(default_factory=list)  # of each batch's gradients, where clipped
     statistics: list[dict[str, Tensor]] = field(default_factory=list)  # buffers of each replica
 
     def train(self, steps: int) -> list[float]:
@@ -47,12 +50,38 @@ class Reference:
             losses.append(self.gradients(batch))
             self.tie_gradients()
             self.load(now)
-            self.optimizer.step()
-            if self.scheduler:
-                self.scheduler.step()
-            self.model.zero_grad(set_to_none=True)
+            self.update()
             before, now = now, self.weights()
         return losses
+
+    def update(self) -> None:
+        """One step of the optimizer: on the model, or on fp32 masters of its weights."""
+        named = dict(self.model.named_parameters())
+        for name, master in self.masters.items():
+            gradient = named[name].grad
+            master.grad = None if gradient is None else gradient.float()
+        self.clip(named | self.masters)
+        self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                named[name].copy_(master)
+                master.grad = None
+        self.model.zero_grad(set_to_none=True)
+
+    def clip(self, named: dict[str, nn.Parameter]) -> None:
+        """As torch clips the whole model, in which a tied parameter is one."""
+        if self.clip_norm is None:
+            return
+        copies = {name for names in self.tied for name in names[1:]}
+        once = [p for name, p in named.items() if name not in copies]
+        if not copies:
+            self.norms.append(nn.utils.clip_grad_norm_(once, self.clip_norm).item())
+            return
+        norm = nn.utils.get_total_norm([p.grad for p in once if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(named.values(), self.clip_norm, norm)
+        self.norms.append(norm.item())
 
     def gradients(self, batch: int) -> float:
         """Leave on the parameters the average gradient of a batch, summed replica by replica."""

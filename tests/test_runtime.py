@@ -1,6 +1,9 @@
 """The runtime against the single-process reference, with ranks as threads of this process."""
 
+import itertools
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ from p2bw.runtime.feed import Feed
 from p2bw.runtime.job import Job
 from p2bw.runtime.local import LocalTransport, Trained, train_in_threads
 from p2bw.runtime.plan import read_plan
-from p2bw.runtime.schedule import Pipeline
-from p2bw.runtime.weights import Updater, Weights
-from p2bw.runtime.worker import LossError, Worker
+from p2bw.runtime.schedule import Action, Flow, Pipeline
+from p2bw.runtime.weights import StageState, Updater, Weights
+from p2bw.runtime.worker import Events, LossError, Start, Update, Worker
 
 STEPS = 12
 
@@ -35,20 +38,29 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and final state of the handmade model, trained whole."""
+def reference_of(job: Job, kind: type[Reference] = Reference) -> Reference:
+    """The handmade model, to be trained whole."""
     plan = read_plan(job.artifact)
     file = find_model_file(job.artifact)
     torch.manual_seed(job.seed)
-    apart = plan.depth > 1  # then a stage's part of the tied gradient is summed for itself
-    model = file.module.model(tied=not apart, **plan.model.settings).train()
+    # Over several stages, a stage's part of a tied gradient is summed for itself.
+    apart = plan.depth > 1 and bool(plan.tied)
+    settings = {**plan.model.settings, "tied": not apart and bool(plan.tied)}
+    model = file.module.model(**settings).train()
 
     def step(model: nn.Module, item: Any, enter: Callable[[int], None]) -> Tensor:
         model.enter = lambda block: enter(stage_of_block(block, plan.depth))  # type: ignore[assignment]
         return file.call(model, *item)
 
-    optimizer = file.optimizer((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    loop = Reference(
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    masters = {
+        name: nn.Parameter(parameter.detach().float())
+        for name, parameter in trainable.items()
+        if parameter.dtype != torch.float32
+    }
+    optimizer = file.optimizer((trainable | masters).items())
+    schedule = job.schedule or plan.schedule
+    return kind(
         model=model,
         step=step,
         items=file.data(plan.microbatch, job.seed),
@@ -58,10 +70,17 @@ def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
         width=plan.width,
         microbatches=job.microbatches or plan.microbatches_per_update,
         seed=job.seed,
-        delay=0 if job.schedule == "flush" else 1,
+        delay=1 if schedule == "2bw" else 0,
         tied=[["wte.weight", "head.weight"]] if apart else [],
+        clip_norm=job.clip_norm,
+        masters=masters,
     )
-    return loop.train(job.steps), model.state_dict()
+
+
+def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and final state of the handmade model, trained whole."""
+    loop = reference_of(job)
+    return loop.train(job.steps), loop.model.state_dict()
 
 
 def differences(job: Job, trained: Trained) -> dict[str, float]:
@@ -125,19 +144,215 @@ def test_recomputation_changes_no_bit(tmp_path: Path, recompute: tuple[int, ...]
     assert differences(job, train_in_threads(job)) == {}
 
 
+# Everything at once: stages, m / stages, optimizer, clipping, ties, recomputation, autocast.
+MATRIX = list(
+    itertools.product(
+        (2, 3, 4),
+        (1, 2),
+        ("sgd", "adamw"),
+        (None, 0.05),
+        (True, False),
+        (False, True),
+        (False, True),
+    )
+)
+SOME = MATRIX[::13]
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [SOME, pytest.param(MATRIX, marks=pytest.mark.slow)],
+    ids=["some", "every"],
+)
+def test_the_matrix_of_exactness(tmp_path: Path, matrix: list[tuple[Any, ...]]) -> None:
+    for number, (depth, times, optimizer, clip, tied, recompute, autocast) in enumerate(matrix):
+        artifact = write_artifact(
+            tmp_path / str(number),
+            depth=depth,
+            microbatches=depth * times,
+            optimizer=optimizer,
+            tied=tied,
+            autocast=autocast,
+            recompute=range(depth) if recompute else (),
+        )
+        job = Job(artifact=artifact, steps=5, seed=number, clip_norm=clip)
+        assert differences(job, train_in_threads(job)) == {}, matrix[number]
+
+
+@pytest.mark.parametrize(("schedule", "m"), [("2bw", 2), ("2bw", 5), ("flush", 3), ("gpipe", 2)])
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_clipped_norm_is_that_of_the_whole_batch(
+    tmp_path: Path, schedule: str, m: int, width: int
+) -> None:
+    """To the bit, over all stages and replicas; some batches are clipped, some not."""
+    artifact = write_artifact(tmp_path / "a", depth=2, width=width, microbatches=m)
+    job = Job(artifact=artifact, steps=8, schedule=schedule, clip_norm=3.3)
+    trained, loop = train_in_threads(job), reference_of(job)
+    loop.train(job.steps)
+    assert trained.norms == loop.norms
+    assert max(loop.norms) > 3.3
+    assert differences(job, trained) == {}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("depth", "clip"), [(1, None), (2, 0.3), (3, None), (4, 0.3)])
+def test_weights_in_16_bits_have_masters_in_32(
+    tmp_path: Path, depth: int, clip: float | None, optimizer: str
+) -> None:
+    artifact = write_artifact(
+        tmp_path / "a", depth=depth, optimizer=optimizer, dtype="bfloat16", microbatches=4
+    )
+    job = Job(artifact=artifact, steps=6, clip_norm=clip)
+    trained = train_in_threads(job)
+    assert differences(job, trained) == {}
+    for worker in trained.workers:
+        parameters = {**worker.own.parameters, **worker.shared.parameters}
+        assert {p.dtype for p in parameters.values()} == {torch.float32}
+
+
+class Stashing(Reference):
+    """PipeDream: stage k runs microbatch i on the weights of its update floor((i - ahead) / m)."""
+
+    history: list[dict[str, Tensor]]
+
+    def train(self, steps: int) -> list[float]:
+        self.history = [self.weights()]
+        losses = []
+        for batch in range(steps):
+            sums: dict[str, dict[int, Tensor]] = {}
+            terms = []
+            for i in range(batch * self.microbatches, (batch + 1) * self.microbatches):
+                versions = {n: self.version(n, i) for n, _ in self.model.named_parameters()}
+                self.load({n: self.history[v][n] for n, v in versions.items()})
+                loss = self.step(self.model, next(self.items), self.generators(i))
+                loss.backward(torch.full_like(loss, 1 / self.microbatches))
+                terms.append(loss.detach().double())
+                for name, parameter in self.model.named_parameters():
+                    if parameter.grad is not None:
+                        known = sums.setdefault(name, {})
+                        gradient, parameter.grad = parameter.grad, None
+                        version = versions[name]
+                        known[version] = known[version] + gradient if version in known else gradient
+            losses.append((torch.stack(terms).sum() / self.microbatches).item())
+            for name, by_version in sums.items():
+                first, *rest = (by_version[v] for v in sorted(by_version))
+                self.model.get_parameter(name).grad = sum(rest, start=first)
+            self.load(self.history[-1])
+            self.update()
+            self.history.append(self.weights())
+        return losses
+
+    def version(self, name: str, microbatch: int) -> int:
+        block = name.split(".")[1] if name.startswith("h.") else ("0" if "wte" in name else "3")
+        ahead = self.depth - 1 - stage_of_block(int(block), self.depth)
+        return max(microbatch - ahead, 0) // self.microbatches
+
+
+@pytest.mark.parametrize(("depth", "m"), [(1, 1), (2, 1), (3, 1), (4, 2), (4, 3), (2, 5)])
+def test_stash_keeps_a_version_for_each_microbatch_in_flight(
+    tmp_path: Path, depth: int, m: int
+) -> None:
+    artifact = write_artifact(
+        tmp_path / "a", depth=depth, microbatches=m, schedule="stash", tied=False
+    )
+    job = Job(artifact=artifact, steps=9)
+    trained, loop = train_in_threads(job), reference_of(job, Stashing)
+    assert trained.losses == loop.train(job.steps)
+    for state in trained.states:
+        for name, tensor in state.items():
+            assert torch.equal(tensor, loop.model.state_dict()[name]), name
+    copies = [len(worker.weights.sets) for worker in trained.workers]
+    assert copies == [-(-(depth - 1 - k) // m) + 1 for k in range(depth)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "width", "clip", "dtype"),
+    [
+        ("2bw", 1, None, "float32"),
+        ("2bw", 1, 0.3, "bfloat16"),
+        ("2bw", 2, 0.3, "float32"),
+        ("flush", 1, 0.3, "float32"),
+        ("gpipe", 2, None, "float32"),
+        ("stash", 1, None, "float32"),
+    ],
+)
+def test_a_state_taken_while_training_goes_on_is_enough_to_go_on(
+    tmp_path: Path, schedule: str, width: int, clip: float | None, dtype: str
+) -> None:
+    """Without a drain: forwards of the next batch have run when the state is taken."""
+    artifact = write_artifact(
+        tmp_path / "a",
+        depth=3,
+        width=width,
+        optimizer="adamw",
+        schedule=schedule,
+        dtype=dtype,
+        microbatches=4,
+        tied=schedule != "stash",
+        recompute=(1,),
+    )
+    job = Job(artifact=artifact, steps=7, clip_norm=clip)
+    keep: dict[int, Keeping] = {rank: Keeping(3) for rank in range(3 * width)}
+    whole = train_in_threads(job, events=keep.__getitem__)
+    items = 3 * 4 * width
+    starts = [Start(keep[rank].state, 3, items) for rank in keep]
+    rest = train_in_threads(job, starts=starts)
+    assert keep[0].losses[3:] == rest.losses
+    for one, other in zip(whole.states, rest.states, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+class Keeping(Events):
+    """Keeps a copy of the state after some step, and the losses."""
+
+    def __init__(self, step: int) -> None:
+        self.kept = step
+        self.state = StageState()
+        self.losses: list[float] = []
+
+    def wants(self, step: int) -> bool:
+        return step == self.kept
+
+    def checkpoint(self, step: int, state: StageState) -> None:
+        tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+        self.state = StageState(tensors, json.loads(json.dumps(state.values)))
+
+    def update(self, update: Update) -> None:
+        self.losses.append(update.loss)
+
+
+@pytest.mark.parametrize("schedule", ["2bw", "flush", "gpipe"])
+def test_a_run_that_is_stopped_early_is_a_shorter_run(tmp_path: Path, schedule: str) -> None:
+    class Stopping(Keeping):
+        def allows(self, batch: int) -> bool:
+            return batch < 3
+
+    artifact = write_artifact(tmp_path / "a", depth=3)
+    job = Job(artifact=artifact, steps=50, schedule=schedule)
+    stopping = Stopping(-1)
+    trained = train_in_threads(job, events=lambda rank: stopping)
+    assert [worker.step for worker in trained.workers] == [3] * 3
+    shorter = Trained(losses=stopping.losses, states=trained.states)
+    assert differences(replace(job, steps=3), shorter) == {}
+
+
 # Tests of the tests: with one thing broken, the comparison must fail.
 
 
 def breaks(job: Job) -> bool:
-    """Whether training goes wrong: other numbers, or autograd's own alarm."""
+    """Whether training goes wrong: other numbers, autograd's own alarm, a batch not closed yet."""
     try:
         return bool(differences(job, train_in_threads(job)))
+    except KeyError:
+        return True
     except RuntimeError as error:
         return "modified by an inplace operation" in str(error)
 
 
 def use_the_newest_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    def newest(pipe: Pipeline, microbatch: int) -> int:
+    def newest(pipe: Pipeline, stage: int, microbatch: int) -> int:
         return microbatch // pipe.microbatches
 
     monkeypatch.setattr(Pipeline, "version", newest)
@@ -147,8 +362,8 @@ def use_the_newest_version(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_into_the_other_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     update = Updater.update
 
-    def wrong(self: Updater, batch: int, gradients: dict[str, Tensor]) -> None:
-        update(self, batch + 1, gradients)
+    def wrong(self: Updater, batch: int, *rest: Any) -> None:
+        update(self, batch + 1, *rest)
 
     monkeypatch.setattr(Updater, "update", wrong)
 
@@ -170,13 +385,38 @@ def forget_the_other_replica(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_other_tied_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    share = Worker._share
-    stage = 0
+    def own(self: Worker, tensors: list[str]) -> None:
+        for tensor in tensors:
+            for channel in self.inbound[Flow.TIED]:
+                self._take(channel)
+            self.sums[self.tied[tensor]] = self.shares.pop(tensor)
 
-    def own(self: Worker, name: str) -> Tensor:
-        return share(self, name) * (self.stage.index == stage)
+    monkeypatch.setattr(Worker, "_sum", own)
 
-    monkeypatch.setattr(Worker, "_share", own)
+
+def clip_by_the_norm_of_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = Worker._norm
+
+    def own(self: Worker, action: Action) -> None:
+        norm(self, action)
+        for channel in self.outbound[Flow.NORMS]:
+            self.leaving[channel] = self._no_norms()
+
+    monkeypatch.setattr(Worker, "_norm", own)
+
+
+def clip_by_the_norm_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = Worker._norm
+    norms: dict[int, Tensor | None] = {}
+
+    def stale(self: Worker, action: Action) -> None:
+        norm(self, action)
+        before, norms[self.rank] = norms.get(self.rank), self.norm
+        self.norm = self.norm if before is None else before
+        for channel in self.outbound[Flow.NORM]:
+            self.leaving[channel] = self.norm
+
+    monkeypatch.setattr(Worker, "_norm", stale)
 
 
 def draw_other_numbers_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +445,8 @@ def update_buffers_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         never_switch_the_version,
         forget_the_other_replica,
         forget_the_other_tied_gradient,
+        clip_by_the_norm_of_one_stage,
+        clip_by_the_norm_before,
         draw_other_numbers_again,
         update_buffers_twice,
     ],
@@ -213,7 +455,7 @@ def test_what_is_broken_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     artifact = write_artifact(tmp_path / "a", depth=2, width=2, recompute=(0, 1))
-    job = Job(artifact=artifact, steps=4)
+    job = Job(artifact=artifact, steps=4, clip_norm=0.2)
     assert not breaks(job)
     mutate(monkeypatch)
     assert breaks(job)
@@ -263,7 +505,10 @@ def test_a_stale_backward_raises_instead_of_being_wrong() -> None:
     module = nn.Linear(3, 3)
     versions = Weights(module, copies=2)
     updater = Updater(
-        versions, versions.names, lambda p: torch.optim.SGD(p, lr=0.1), lambda optimizer: None
+        versions,
+        versions.names,
+        lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+        lambda optimizer: None,
     )
     result = module(torch.ones(2, 3, requires_grad=True)).sum()
     gradients = {name: torch.ones_like(p) for name, p in module.named_parameters()}
@@ -325,7 +570,7 @@ def test_data_that_draws_random_numbers_is_alike_on_all_stages(tmp_path: Path) -
     for stage, name in enumerate(("tokens", "labels")):
         torch.manual_seed(stage)
         plan = read_plan(artifact)
-        feed = Feed(plan, find_model_file(artifact), stage, 0, 0, torch.device("cpu"))
+        feed = Feed(plan, find_model_file(artifact), stage, 0, torch.device("cpu"))
         seen[name] = [feed.microbatch(i)[0] for i in range(4)]
     for tokens, labels in zip(seen["tokens"], seen["labels"], strict=True):
         assert torch.equal(tokens.sum(1) % 11, labels)
