@@ -55,8 +55,8 @@ def prepare(job: Job, first: int = 0) -> Prepared:
 def _places(plan: Plan, file: ModelFile) -> dict[str, int]:
     places = {name: place for place, name in enumerate(parameter_order(file))}
     for tied in plan.tied:
-        place = next(places[name] for name in tied.names if name in places)
-        places |= dict.fromkeys(tied.names, place)
+        known = [places[name] for name in tied.names if name in places]
+        places |= {name: known[0] for name in tied.names if known}  # none if it is frozen
     return places
 
 

@@ -285,9 +285,10 @@ class Worker:
         known = [self._take(c) for c in self.inbound[Flow.NORMS]]
         with self.alone, self.clock.computing(action):
             norms = known[0] if known else self._no_norms()
-            for name, gradient in (self.gradients[action.index] | self.sums).items():
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-                norms[self.places[name]] = norm
+            gradients = self.gradients[action.index] | self.sums
+            if gradients:
+                own = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
+                norms[[self.places[name] for name in gradients]] = torch.stack(own)
         for channel in self.outbound[Flow.NORMS]:
             self.leaving[channel] = norms
         if self.stage.index == 0:
