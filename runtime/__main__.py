@@ -1,35 +1,36 @@
 """One rank: torchrun --nproc-per-node N -m p2bw.runtime ARTIFACT --steps N."""
 
 import argparse
-import os
 import sys
-import traceback
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from p2bw.runtime.errors import P2BWError, ResourceError
-from p2bw.runtime.failure import record_failure
+from p2bw.runtime.errors import P2BWError, PeerError, ResourceError
+from p2bw.runtime.failure import Watchdog, fail
 from p2bw.runtime.job import Job, Options
-from p2bw.runtime.rank import Place, Store, connect, find_place, run_rank
-from p2bw.runtime.transport import PeerError
+from p2bw.runtime.place import connect, find_place, within
+from p2bw.runtime.rank import run_rank
 
 
 def main() -> int:
     job, options = _parse()
     try:
         place = find_place(job)
-        store = connect(place, options.timeout_s)
+        run = connect(place, options.timeout_s)
+        watchdog = Watchdog(place, connect(place, options.timeout_s), options.timeout_s)
     except P2BWError as error:
         print(f"p2bw: {error}", file=sys.stderr)
         return error.exit_code
     try:
-        run_rank(job, options, place, store)
-    except torch.OutOfMemoryError as error:
-        _fail(ResourceError(f"out of GPU memory: {error}"), place, store)
-    except Exception as error:
-        _fail(error, place, store)
+        run_rank(job, options, place, run, watchdog)
+    except BaseException as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = ResourceError(f"out of GPU memory: {error}")
+        elif isinstance(error, PeerError):
+            error = watchdog.blame(error)
+        fail(error, place, within(run, place.attempt))
     return 0
 
 
@@ -61,29 +62,6 @@ def _parse() -> tuple[Job, Options]:
     job = Job(**{field.name: getattr(given, field.name) for field in fields(Job)})
     options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     return job, options
-
-
-def _fail(error: Exception, place: Place, store: Store) -> None:
-    """Say once, for all ranks, what failed first; then leave at once, as peers may never answer."""
-    known = isinstance(error, P2BWError)
-    message = str(error) if known else f"{type(error).__name__}: {error}"
-    trace = "" if known else "".join(traceback.format_exception(error))
-    if _is_news(error, message, store):
-        where = f"rank {place.rank}: {message}"
-        if not record_failure(error, where, trace):
-            print(f"{trace}p2bw: {where}", file=sys.stderr, flush=True)
-    os._exit(error.exit_code if isinstance(error, P2BWError) else 1)
-
-
-def _is_news(error: Exception, message: str, store: Store) -> bool:
-    """False for what follows from another rank's failure, and for what another has said."""
-    try:
-        if store.add("failures", 1) == 1:
-            store.set("failure", message)
-            return True
-        return not isinstance(error, PeerError) and store.get("failure").decode() != message
-    except RuntimeError:  # the store is gone, and with it whoever failed first
-        return not isinstance(error, PeerError)
 
 
 if __name__ == "__main__":

@@ -50,3 +50,15 @@ class ResourceError(P2BWError):
     """Out of memory or disk."""
 
     exit_code = 8
+
+
+class PeerError(P2BWError):
+    """Another rank died or hangs, and with it the run, which can be resumed."""
+
+    exit_code = 75
+
+
+class StoppedError(P2BWError):
+    """A signal stopped the run, which can be resumed."""
+
+    exit_code = 75

@@ -1,92 +1,43 @@
 """One rank of a run under torchrun: it meets the others, trains, saves and reports."""
 
 import json
-import os
-import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from p2bw.runtime.artifact import digests
-from p2bw.runtime.errors import MismatchError, UsageError
-from p2bw.runtime.job import Job, Options, command
+from p2bw.runtime.errors import MismatchError, PeerError, UsageError
+from p2bw.runtime.failure import Stop, Watchdog
+from p2bw.runtime.job import Job, Options
+from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.report import Report, write_result
 from p2bw.runtime.save import prepare_folder, save_stage, write_index
-from p2bw.runtime.transport import DistributedTransport, PeerError
+from p2bw.runtime.transport import DistributedTransport
 from p2bw.runtime.worker import Events, Update, Worker
 
-
-class Store(Protocol):
-    """The keys and values that all ranks share: torch.distributed's store."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def add(self, key: str, amount: int) -> int: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def wait(self, keys: list[str]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where torchrun has put this process."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    attempt: int
-
-
-def find_place(job: Job) -> Place:
-    try:
-        return Place(
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            int(os.environ.get("LOCAL_RANK", 0)),
-            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-            int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        )
-    except KeyError as missing:
-        line = " ".join(command(job, Options(), ranks="N"))
-        raise UsageError(
-            f"{missing} is not set: the ranks are started by torchrun, as in {line}"
-        ) from None
-
-
-def connect(place: Place, timeout_s: float) -> Store:
-    """The store that torchrun's agent keeps for its workers."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host,
-            port,
-            is_master=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        raise PeerError(f"no contact with {host}:{port}: {error}") from None
-    shared: Store = dist.PrefixStore(f"p2bw/{place.attempt}", store)  # type: ignore[attr-defined]
-    return shared
+_LATE_S = 60  # gloo and NCCL give up so much later than the watchdog, which can say more
 
 
 class Listener(Events):
     """What a rank's worker asks and tells, passed on to the parts that know."""
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
+    def __init__(self, report: Report, stop: Stop) -> None:
+        self.report, self.stop = report, stop
+
+    def allows(self, batch: int) -> bool:
+        return self.stop.allows(batch)
 
     def update(self, update: Update) -> None:
         self.report.update(update.batch, update.loss, update.learning_rate, update.norm)
 
 
-def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
+def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Watchdog) -> None:
     """Do one rank's part of a job, from reading the artifact to the last message."""
+    store = within(run, place.attempt)
     if options.threads:
         torch.set_num_threads(options.threads)
     prepared = prepare(job)
@@ -101,14 +52,18 @@ def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
     device = choose_device(options.device, place)
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
-    worker = build(prepared, place.rank, device, Listener(report))
+    worker = build(prepared, place.rank, device, Listener(report, watchdog.stop))
     if place.rank == 0:
         report.open(options, done=0)
+    watchdog.begin(prepared.plan, worker, prepared.pipeline.first)
     meet(place, store, "ready")
     report.start(worker.clock)
     worker.run()
     busy_s = worker.clock.busy_s()  # on a GPU: when it has done all this
     elapsed_s = report.stop()
+    if worker.step < prepared.pipeline.batches:
+        meet(place, store, "stopped")
+        raise watchdog.stopped(f"after step {worker.step} of {prepared.pipeline.batches}")
     if options.save is not None:
         save(options.save, prepared, worker, place.rank, store)
     utilisation = gather_utilisation(busy_s, elapsed_s, place, store)
@@ -116,6 +71,7 @@ def run_rank(job: Job, options: Options, place: Place, store: Store) -> None:
         write_result(options.result, report.summary(utilisation))
     # Leave together: a rank that closes its connections early looks like one that died.
     meet(place, store, "done")
+    watchdog.close()
     dist.destroy_process_group()
 
 
@@ -148,17 +104,15 @@ def choose_device(asked: str | None, place: Place) -> torch.device:
 
 
 def join(device: torch.device, timeout_s: float, place: Place, store: Store) -> None:
-    """Make the process group; on one machine its messages never leave the machine."""
+    """Make the process group."""
     own_gpu = device.type == "cuda" and torch.cuda.device_count() >= place.local_world
-    if place.local_world == place.world and "GLOO_SOCKET_IFNAME" not in os.environ:
-        for name in {"lo", "lo0"}.intersection(name for _, name in socket.if_nameindex()):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+    choose_interface(place, store)
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
-        store=dist.PrefixStore("group", store),  # type: ignore[attr-defined, arg-type]
+        store=within(store, "group"),  # type: ignore[arg-type]
         rank=place.rank,
         world_size=place.world,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=timeout_s + _LATE_S),
     )
 
 
@@ -215,4 +169,4 @@ def meet(place: Place, store: Store, what: str) -> None:
         store.wait([f"{what}/{rank}" for rank in range(place.world)])
     except RuntimeError:
         missing = [r for r in range(place.world) if not store.check([f"{what}/{r}"])]
-        raise PeerError(f"ranks {missing} are not {what} in time; see --timeout") from None
+        raise PeerError(f"ranks {missing} are not {what} in time (--timeout)") from None

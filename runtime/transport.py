@@ -10,13 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from p2bw.runtime.errors import P2BWError
+from p2bw.runtime.errors import PeerError
 from p2bw.runtime.plan import TensorSpec
 from p2bw.runtime.schedule import Channel, Flow
-
-
-class PeerError(P2BWError):
-    """A message did not come or go: the rank at the other end failed first, or hangs."""
 
 
 class Arrival(Protocol):

@@ -95,6 +95,7 @@ class Worker:
         self.device = device
         self.step = start.step if start else 0  # how many updates were made, ever
         self.at: Action | None = None  # what it performs, or waits in, now
+        self.waits: Action | None = None  # and the receive, send or sum that it waits for
         self.record = events.action if events.tracing else None
         self.clock = Clock(device, self.record)
         self.feed = Feed(plan, file, index, seed, device)
@@ -182,12 +183,12 @@ class Worker:
 
     @contextmanager
     def _recorded(self, action: Action) -> Iterator[None]:
-        if self.record is None:
-            yield
-            return
         start_s = time.perf_counter()
+        self.waits = action
         yield
-        self.record(action, start_s, time.perf_counter())
+        self.waits = None
+        if self.record is not None:
+            self.record(action, start_s, time.perf_counter())
 
     def _item(self, microbatch: int) -> int:
         """The number in the data, counted over all replicas, of the pipeline's microbatch."""
