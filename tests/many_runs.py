@@ -16,9 +16,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from p2bw.launch import FAILURE_FILE
+from p2bw.runtime.failure import Stop
 from p2bw.runtime.job import Job
+from p2bw.runtime.place import connect, find_place
 from p2bw.runtime.prepare import prepare
-from p2bw.runtime.rank import Listener, build, connect, find_place, join, meet
+from p2bw.runtime.rank import Listener, build, join, meet
 from p2bw.runtime.report import Report
 
 
@@ -39,7 +41,7 @@ def main() -> None:
         prepared = prepare(job)
         if place.rank < prepared.plan.ranks:
             report = Report(prepared, say=False)
-            worker = build(prepared, place.rank, device, Listener(report))
+            worker = build(prepared, place.rank, device, Listener(report, Stop()))
             worker.run()
             out = Path(given["out"])
             save_file(

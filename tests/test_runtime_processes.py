@@ -19,9 +19,10 @@ from p2bw.runtime.artifact import find_model_file
 from p2bw.runtime.errors import MismatchError, P2BWError, UsageError
 from p2bw.runtime.job import Job
 from p2bw.runtime.local import Trained
+from p2bw.runtime.place import Place
 from p2bw.runtime.plan import read_plan
 from p2bw.runtime.prepare import prepare
-from p2bw.runtime.rank import Place, compare_ranks
+from p2bw.runtime.rank import compare_ranks
 from p2bw.runtime.worker import LossError
 
 SHAPES = [(d, w, m) for d, w in ((2, 1), (3, 1), (4, 1), (2, 2)) for m in (d, d + 1, 2 * d)]
