@@ -27,7 +27,10 @@ from p2bw.runtime.worker import LossError
 
 SHAPES = [(d, w, m) for d, w in ((2, 1), (3, 1), (4, 1), (2, 2)) for m in (d, d + 1, 2 * d)]
 EVERY = [("2bw", *shape, name) for shape in SHAPES for name in ("sgd", "adamw")] + [
-    ("flush", *shape, name) for shape in SHAPES[::2] for name in ("sgd", "adamw")
+    (kind, *shape, name)
+    for kind in ("flush", "gpipe")
+    for shape in SHAPES[::2]
+    for name in ("sgd", "adamw")
 ]
 SOME = EVERY[0:24:5] + EVERY[24::5]
 
@@ -58,20 +61,24 @@ def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_runs_equal_the_reference_bitwise(
     tmp_path: Path, matrix: list[tuple[str, int, int, int, str]]
 ) -> None:
-    """12 updates, dropout on; with two replicas too, as the reference sums replica by replica."""
+    """12 updates, dropout on, every other run clipped; with two replicas too, as the reference sums
+    replica by replica."""
     jobs = []
     for number, (schedule, depth, width, m, optimizer) in enumerate(matrix):
         folder = tmp_path / str(number)
         write_artifact(
             folder, depth=depth, width=width, optimizer=optimizer, recompute=range(number % 3)
         )
-        jobs.append(Job(artifact=folder, steps=12, schedule=schedule, microbatches=m))
+        clip = 3.3 if number % 4 > 1 else None
+        job = Job(artifact=folder, steps=12, schedule=schedule, microbatches=m, clip_norm=clip)
+        jobs.append(job)
     listed = [
         {
             "artifact": str(job.artifact),
             "steps": job.steps,
             "schedule": job.schedule,
             "microbatches": job.microbatches,
+            "clip_norm": job.clip_norm,
             "out": str(job.artifact),
         }
         for job in jobs
