@@ -117,44 +117,46 @@ class Plan:
         return next((s.index, s.devices.index(rank)) for s in self.stages if rank in s.devices)
 
 
-class _Bad(Exception):
-    """What is wrong with a plan."""
+class BadValueError(Exception):
+    """What is wrong with a value that a file holds."""
 
 
 def read_plan(artifact: Path) -> Plan:
     """The plan of an artifact folder; InputFileError names what is wrong with it."""
     path = artifact / "plan.json"
     try:
-        plan: Plan = _read(Plan, json.loads(path.read_bytes()), "")
+        plan: Plan = read_value(Plan, json.loads(path.read_bytes()), "")
         for problem in _contradictions(plan):
-            raise _Bad(problem)
+            raise BadValueError(problem)
     except OSError as error:
         raise InputFileError(f"{artifact} is no artifact: {error.strerror} ({path.name})") from None
-    except _Bad as error:
+    except BadValueError as error:
         raise InputFileError(f"{path}: {error}; compile the model anew") from None
     except ValueError as error:
         raise InputFileError(f"{path} is not JSON: {error}; compile the model anew") from None
     return plan
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def read_value(kind: Any, value: Any, where: str) -> Any:
     """A JSON value as a field of type `kind`; all integers of a plan are counts."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         return kind(
             **{
-                n: _read(hint, value.get(n), f"{where}.{n}".lstrip("."))
+                n: read_value(hint, value.get(n), f"{where}.{n}".lstrip("."))
                 for n, hint in hints.items()
             }
         )
     if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_read(get_args(kind)[0], item, f"{where}.{i}") for i, item in enumerate(value))
+        return tuple(
+            read_value(get_args(kind)[0], item, f"{where}.{i}") for i, item in enumerate(value)
+        )
     if kind is torch.dtype and isinstance(value, str):
         value = getattr(torch, value, value)
     wanted = get_origin(kind) or kind
     fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     if not fits or (wanted is int and value < 0):
-        raise _Bad(f"{where or 'the file'} should be {wanted.__name__}, is {value!r:.40}")
+        raise BadValueError(f"{where or 'the file'} should be {wanted.__name__}, is {value!r:.40}")
     return value
 
 

@@ -1,0 +1,177 @@
+"""The files of a checkpoint: which belong together, whether they are whole, and what is in them.
+
+    DIR/step-00000012/stage-0.safetensors            what stage 0 needs to go on, by replica 0
+                      stage-0-replica-1.safetensors  the buffers of another replica, if any
+                      manifest.json                  which files belong together, with their sums
+                      COMMITTED                      the SHA-256 of manifest.json
+
+A file of tensors holds the state of the stage's parameters and buffers (see StageState), and frozen
+parameters as frozen/NAME: a checkpoint is the whole model. Its metadata hold the state's values.
+All of it is data from a file, and is checked as such; none of it is ever run.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from p2bw.runtime.errors import MismatchError
+from p2bw.runtime.plan import BadValueError, Model, read_value
+from p2bw.runtime.weights import StageState
+
+SCHEMA = 1
+MANIFEST, MARK = "manifest.json", "COMMITTED"
+_BLOCK = 1 << 22  # bytes read at a time
+_FILE = re.compile(r"stage-\d+(-replica-\d+)?\.safetensors")
+_TENSOR = re.compile(r"(optimizer/[^/]+|[^/]+)/(.+)", re.DOTALL)  # key and name
+
+
+class DamageError(MismatchError):
+    """A checkpoint is not as it was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A file of a checkpoint."""
+
+    name: str
+    bytes: int
+    sha256: str
+    stage: int
+    replica: int
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is of, and its files."""
+
+    schema: int
+    step: int  # updates done
+    items: int  # microbatches of data used up by all replicas together
+    seed: int
+    schedule: str
+    depth: int
+    width: int
+    microbatch: int
+    microbatches: int  # per update
+    model: Model
+    tied: tuple[tuple[str, ...], ...]
+    files: tuple[File, ...]
+
+
+def commits(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first; it is not said that they are whole."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in paths if re.fullmatch(r"step-\d{8}", p.name)), reverse=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the state of a name is: the file, the name there, and its keys."""
+
+    file: File
+    name: str
+    keys: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint, whose manifest is as it was written."""
+
+    folder: Path
+    manifest: Manifest
+
+    def sources(self, tied: Iterable[Sequence[str]], replica: int = 0) -> dict[str, Source]:
+        """Where the state of each name is, a tied parameter's under all of its names.
+
+        What several stages hold is taken from the first. A replica has its own buffers; one more
+        than there were takes those of the last.
+        """
+        found: dict[str, Source] = {}
+        replica = min(replica, self.manifest.width - 1)
+        for file in sorted(self.manifest.files, key=lambda file: (-file.replica, file.stage)):
+            here: dict[str, Source] = {}
+            for key, name in _tensors(file) if file.replica in (0, replica) else ():
+                here.setdefault(name, Source(file, name, [])).keys.append(key)
+            found = here | found
+        for names in tied:
+            if known := next((found[name] for name in names if name in found), None):
+                found |= dict.fromkeys(names, known)
+        return found
+
+    def read(self, sources: Mapping[str, Source]) -> StageState:
+        """The state of some names, once the files that it is in have the right sums."""
+        state = StageState()
+        files = {source.file.name: source.file for source in sources.values()}
+        for file in files.values():
+            self._verify(file)
+        for file in files.values():
+            try:
+                with safe_open(self.folder / file.name, framework="pt") as content:
+                    values = json.loads(content.metadata()["p2bw"])
+                    for name, source in sources.items():
+                        for key in source.keys if source.file == file else ():
+                            tensor = content.get_tensor(f"{key}/{source.name}")
+                            state.tensors[f"{key}/{name}"] = tensor
+                            if source.name in values:
+                                state.values[name] = values[source.name]
+            except (SafetensorError, LookupError, TypeError, ValueError) as error:
+                raise DamageError(f"{self.folder / file.name} is no such file: {error}") from None
+        return state
+
+    def _verify(self, file: File) -> None:
+        digest, size, path = hashlib.sha256(), 0, self.folder / file.name
+        try:
+            with path.open("rb") as content:
+                while block := content.read(_BLOCK):
+                    digest.update(block)
+                    size += len(block)
+        except OSError as error:
+            raise DamageError(f"{path} cannot be read: {error.strerror}") from None
+        if size != file.bytes:
+            raise DamageError(f"{path} has {size} bytes of {file.bytes}")
+        if digest.hexdigest() != file.sha256:
+            raise DamageError(f"{path} is not as it was written: its SHA-256 differs")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest; DamageError if it is not what was committed."""
+    path = folder / MANIFEST
+    try:
+        text, mark = path.read_bytes(), (folder / MARK).read_bytes()
+    except OSError as error:
+        raise DamageError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(text).hexdigest().encode() != mark:
+        raise DamageError(f"{path} is not as it was written: its SHA-256 differs")
+    try:
+        value = json.loads(text)
+        manifest: Manifest = read_value(Manifest, value, "")
+        if manifest.schema == SCHEMA:
+            _check(manifest)
+    except (BadValueError, ValueError, RecursionError) as error:
+        raise DamageError(f"{path} is no manifest: {error}") from None
+    if manifest.schema != SCHEMA:
+        raise MismatchError(f"{folder} has schema {manifest.schema}, this version reads {SCHEMA}")
+    return Checkpoint(folder, manifest)
+
+
+def _check(manifest: Manifest) -> None:
+    """What its types do not say."""
+    names = [file.name for file in manifest.files]
+    if len(set(names)) < len(names) or not all(map(_FILE.fullmatch, names)):
+        raise BadValueError("its files have other names than a checkpoint's")
+    if not all(_TENSOR.fullmatch(name) for file in manifest.files for name in file.tensors):
+        raise BadValueError("its tensors have other names than a checkpoint's")
+    if not min(manifest.microbatch, manifest.microbatches, manifest.width, manifest.depth):
+        raise BadValueError("a size is zero")
+
+
+def _tensors(file: File) -> Iterator[tuple[str, str]]:
+    for tensor in file.tensors:
+        if match := _TENSOR.fullmatch(tensor):
+            yield match[1], match[2]

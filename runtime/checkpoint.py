@@ -1,0 +1,324 @@
+"""Saving what a rank needs to go on while training goes on, and going on from it.
+
+A checkpoint is written beside, synced, and renamed when every rank's part is there. Tensors are
+found by the model's own names, so another plan of the same model can go on from it.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from p2bw.modelfile.checkpoint import (
+    MANIFEST,
+    MARK,
+    SCHEMA,
+    Checkpoint,
+    DamageError,
+    File,
+    Manifest,
+    commits,
+    open_checkpoint,
+)
+from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, writing
+from p2bw.runtime.errors import MismatchError, UsageError
+from p2bw.runtime.place import Store
+from p2bw.runtime.plan import Plan, describe
+from p2bw.runtime.prepare import Prepared
+from p2bw.runtime.weights import StageState
+from p2bw.runtime.worker import Start
+
+_PATIENCE_S = 30  # until a file that another machine has written must be visible here
+
+
+class Checkpointer:
+    """Saves one rank's part of a run, in a thread of its own; that of rank 0 commits the whole."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        rank: int,
+        module: nn.Module,
+        store: Store,
+        start: Start | None = None,
+        *,
+        resumed: Path | None = None,  # the checkpoint of that start
+        every: int | None = None,
+        keep: int = 2,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        if keep < 1 or (every is not None and every < 1):
+            raise UsageError("--keep and --checkpoint-every are at least 1")
+        plan, pipeline = prepared.plan, prepared.pipeline
+        self.manifest = Manifest(  # of the start
+            schema=SCHEMA,
+            step=start.step if start else 0,
+            items=start.items if start else 0,
+            seed=prepared.job.seed,
+            schedule=pipeline.schedule,
+            depth=plan.depth,
+            width=plan.width,
+            microbatch=plan.microbatch,
+            microbatches=pipeline.microbatches,
+            model=plan.model,
+            tied=tuple(tied.names for tied in plan.tied),
+            files=(),
+        )
+        self.folder, self.rank, self.ranks, self.store = folder, rank, plan.ranks, store
+        self.stage, self.replica = plan.position(rank)
+        self.every, self.keep = every, keep
+        self.frozen = {
+            f"frozen/{name}": p for name, p in module.named_parameters() if not p.requires_grad
+        }
+        own = resumed is not None and resumed.resolve().parent == folder.resolve()
+        self.saved = self.manifest.step if own else None
+        self.copies: dict[str, Tensor] = {}  # in host memory, filled anew for each save
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        if rank == 0:
+            with writing(folder):
+                self._tidy(own, say)
+
+    def wants(self, step: int) -> bool:
+        """Whether to save after this update; raises what went wrong while the last was written."""
+        self._raise()
+        return self.every is not None and step % self.every == 0
+
+    def save(self, step: int, state: StageState) -> None:
+        """Copy the state, and write the copy while training goes on, one at a time."""
+        self.wait()
+        if step == self.saved:
+            return
+        self.saved = step
+        live = state.tensors | self.frozen
+        if self.replica > 0:  # all else is as in replica 0
+            live = {key: tensor for key, tensor in live.items() if key.startswith("buffers/")}
+        for key, tensor in live.items():
+            if key not in self.copies:
+                self.copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self.copies[key].copy_(tensor.detach())
+        tensors = {key: self.copies[key] for key in live}
+        values = json.dumps({} if self.replica else state.values, sort_keys=True)
+        self.thread = threading.Thread(
+            target=self._write, args=(step, tensors, values), name="checkpoint", daemon=True
+        )
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until this rank writes nothing any more; raises what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], values: str) -> None:
+        """The thread: this rank's part; on rank 0 then the whole."""
+        beside = self.folder / f"step-{step:08}.new"
+        try:
+            with writing(beside):
+                part = self._write_part(beside, tensors, values) if tensors else None
+                told = json.dumps(part and asdict(part))
+                self.store.set(f"checkpoint/{step}/{self.rank}", told)
+                if self.rank == 0:
+                    self._commit(step, beside)
+        except Exception as error:
+            self.error = error  # the training thread raises it, which ends all ranks
+
+    def _write_part(self, beside: Path, tensors: Mapping[str, Tensor], values: str) -> File:
+        other = f"-replica-{self.replica}" if self.replica else ""
+        path = beside / f"stage-{self.stage}{other}.safetensors"
+        beside.mkdir(exist_ok=True)
+        try:
+            size, digest = write_tensors(path, tensors, tensors.__getitem__, {"p2bw": values})
+            sync_folder(beside)
+        except OSError:
+            path.unlink(missing_ok=True)  # there may be no space for it
+            raise
+        return File(
+            name=path.name, bytes=size, sha256=digest, stage=self.stage, replica=self.replica
+        )
+
+    def _commit(self, step: int, beside: Path) -> None:
+        """Wait for all parts, and make them a checkpoint."""
+        files = []
+        for rank in range(self.ranks):
+            if told := json.loads(wait_for(self.store, f"checkpoint/{step}/{rank}")):
+                names = _names_in(beside / told["name"], told["bytes"], rank)
+                files.append(File(**told | {"tensors": names}))
+        at = self.manifest
+        items = at.items + (step - at.step) * at.microbatches * at.width
+        manifest = replace(at, step=step, items=items, files=tuple(files))
+        text = json.dumps(asdict(manifest), indent=1).encode()
+        write_synced(beside / MANIFEST, [text])
+        write_synced(beside / MARK, [hashlib.sha256(text).hexdigest().encode()])
+        sync_folder(beside)
+        beside.rename(beside.with_suffix(""))
+        sync_folder(self.folder)
+        for old in commits(self.folder)[self.keep :]:
+            gone = old.rename(old.with_suffix(".old"))  # half of it must not pass for a whole
+            shutil.rmtree(gone)
+
+    def _tidy(self, own: bool, say: Callable[[str], None]) -> None:
+        """Remove what an interrupted run left, and set aside what this one is to write anew."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):  # rather now than after hours of training
+            pass
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"step-\d{8}\.(new|old)", path.name):
+                shutil.rmtree(path)
+        existing = commits(self.folder)
+        if existing and not own:
+            raise UsageError(
+                f"{self.folder} has checkpoints, the newest {existing[0].name}: go on from there "
+                f"with --resume last, or give another folder with --checkpoint"
+            )
+        for path in existing:
+            if path.name > f"step-{self.manifest.step:08}":
+                aside = path.with_suffix(".aside")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                say(f"{path} is {aside.name} now, as the run goes on from an earlier step")
+        sync_folder(self.folder)
+
+
+def wait_for(store: Store, key: str) -> bytes:
+    """A key's value, however long it takes; meanwhile other threads can use the store."""
+    while not store.check([key]):
+        time.sleep(0.01)
+    return store.get(key)
+
+
+def _names_in(path: Path, size: int, rank: int) -> tuple[str, ...]:
+    """The names in a file that a rank has written."""
+    give_up_s = time.monotonic() + _PATIENCE_S
+    while not path.is_file() or path.stat().st_size != size:
+        if time.monotonic() > give_up_s:
+            raise UsageError(
+                f"rank {rank} wrote {path}, which rank 0 does not see: --checkpoint must be a "
+                f"folder that all machines share"
+            )
+        time.sleep(0.1)
+    with safe_open(path, framework="pt") as file:
+        return tuple(sorted(file.keys()))
+
+
+def find_start(
+    resume: str,
+    folder: Path,
+    plan: Plan,
+    seed: int,
+    rank: int,
+    module: nn.Module,
+    store: Store,
+    say: Callable[[str], None] = print,
+) -> tuple[Start | None, Path | None]:
+    """The state that a run goes on from and its checkpoint, which is the same on all ranks.
+
+    `resume` is a checkpoint, or "last": the newest in `folder` that every rank finds whole. If
+    there is none at all, the run starts from the beginning. The stage `module` gets its frozen
+    parameters; before all ranks agree, nothing is changed.
+    """
+    if rank == 0:
+        found = [path.name for path in commits(folder)] if resume == "last" else [resume]
+        store.set("resume", json.dumps(found))
+    names: list[str] = json.loads(wait_for(store, "resume"))
+    if not names:
+        say(f"{folder} has no checkpoint: the run starts from the beginning")
+        return None, None
+    damages: list[str] = []
+    for number, name in enumerate(names):
+        path = folder / name if resume == "last" else Path(name)
+        own = ""
+        try:
+            start = _read(open_checkpoint(path), plan, seed, rank, module)
+        except DamageError as error:
+            own = str(error)
+        store.set(f"resume/{number}/{rank}", own)
+        told = [wait_for(store, f"resume/{number}/{r}").decode() for r in range(plan.ranks)]
+        if damage := next(filter(None, told), None):
+            damages.append(damage)
+            continue
+        if damages:
+            say(f"{'; '.join(damages)}; an earlier checkpoint is used")
+        say(f"going on from {path}, after step {start.step}")
+        _thaw(start, module)
+        return start, path
+    raise MismatchError(f"there is no whole checkpoint: {'; '.join(damages)}")
+
+
+def _read(saved: Checkpoint, plan: Plan, seed: int, rank: int, module: nn.Module) -> Start:
+    """A rank's part of a checkpoint, which must be of the same model and data.
+
+    A buffer outside the module's state_dict may be missing: it may be a constant of the stage's
+    code, which is not taken over to another size of microbatch as it can depend on it.
+    """
+    manifest = saved.manifest
+    samples = manifest.items * manifest.microbatch
+    if wrong := _differences(manifest, plan, seed):
+        raise MismatchError(f"{saved.folder} {wrong}")
+    sources = saved.sources((tied.names for tied in plan.tied), plan.position(rank)[1])
+    kept = module.state_dict(keep_vars=True).keys()
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    if missing := sorted(name for name in tensors if name in kept and name not in sources):
+        raise MismatchError(f"{saved.folder} lacks {', '.join(missing[:9])} of the model")
+    same = manifest.microbatch == plan.microbatch
+    state = saved.read(
+        {n: sources[n] for n in tensors if n in sources and (same or n in kept)},
+    )
+    for key, tensor in state.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind not in ("weights", "buffers", "frozen"):
+            continue
+        want = tensors[name]
+        if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
+            raise MismatchError(
+                f"{saved.folder} has {kind} of {name} as "
+                f"{describe(tuple(tensor.shape), tensor.dtype)}, the model "
+                f"{describe(tuple(want.shape), want.dtype)}"
+            )
+    return Start(state, manifest.step, samples // plan.microbatch)
+
+
+def _differences(manifest: Manifest, plan: Plan, seed: int) -> str:
+    """Why a run cannot go on from a checkpoint."""
+    theirs, ours = manifest.model, plan.model
+    if theirs.sha256 != ours.sha256:
+        return (
+            f"is of another model file (SHA-256 {theirs.sha256[:12]}..., the plan's "
+            f"{ours.sha256[:12]}...); p2bw export and --weights take over its weights alone"
+        )
+    if (theirs.factory, theirs.settings) != (ours.factory, ours.settings):
+        return (
+            f"is of {theirs.factory}() with {dict(theirs.settings)}, the plan of {ours.factory}() "
+            f"with {dict(ours.settings)}"
+        )
+    if manifest.seed != seed:
+        return f"is of a run with --seed {manifest.seed}, from which its data follow; give that"
+    if manifest.items * manifest.microbatch % plan.microbatch:
+        return (
+            f"has used up {manifest.items} microbatches of {manifest.microbatch} samples, which is "
+            f"no whole number of {plan.microbatch}; compile with --microbatch {manifest.microbatch}"
+        )
+    return ""
+
+
+def _thaw(start: Start, module: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if (value := start.state.tensors.pop(f"frozen/{name}", None)) is not None:
+                parameter.copy_(value)
