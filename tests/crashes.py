@@ -64,15 +64,19 @@ class Disk:
             inode, parent = os.fstat(file.fileno()).st_ino, os.stat(Path(path).parent).st_ino
             self.unsynced[inode] = Path(path)
             self.names.append((parent, lambda: _quietly(os.unlink, path)))
-            write = file.write
+            write, first = file.write, True
 
             def write_(data: Any) -> int:
+                """The parts of a file are one operation, of which half may be done."""
+                nonlocal first
                 try:
-                    self.operate()
+                    if first or self.dead:
+                        self.operate()
                 except Crash:
                     write(bytes(data)[: len(data) // 2])
                     file.flush()
                     raise
+                first = False
                 return int(write(data))
 
             return _File(file, write_)

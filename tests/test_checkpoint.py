@@ -590,7 +590,7 @@ class Lives(RuleBasedStateMachine):
         assert len(self.present()) <= self.ranks.keep
 
     @precondition(lambda self: self.running)
-    @rule(updates=st.integers(1, 2), dies_at=st.integers(0, 40), loss=st.sampled_from("pcn"))
+    @rule(updates=st.integers(1, 2), dies_at=st.integers(0, 26), loss=st.sampled_from("pcn"))
     def crash(self, updates: int, dies_at: int, loss: str) -> None:
         """Of the process alone, or of the machine with what was not synced."""
         disk = Disk(self.ranks.folder, dies_at)
@@ -600,7 +600,7 @@ class Lives(RuleBasedStateMachine):
                 self.durable = self.step + updates
             except Crash:
                 pass
-        assert disk.operations > 20 or disk.dead
+        assert disk.operations > 15 or disk.dead
         self.stop(disk, loss)
 
     @precondition(lambda self: not self.running)
