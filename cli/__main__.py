@@ -236,6 +236,20 @@ def run_command(
     save: Annotated[
         Path | None, typer.Option(help="Write the trained weights to this folder.", metavar="DIR")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of checkpoints; one is made at the end.  [DIR/checkpoints]", metavar="DIR"
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Make a checkpoint after so many updates.", metavar="N")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="How many checkpoints are kept.")] = 2,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on from a checkpoint, or from the last.", metavar="last|DIR"),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda.  [cuda where there are enough GPUs]")
     ] = None,
@@ -267,6 +281,10 @@ def run_command(
             schedule=schedule,
             microbatches=microbatches,
             save=save,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            keep=keep,
+            resume=resume,
             device=device,
             model=model,
             metrics=metrics,
@@ -278,6 +296,32 @@ def run_command(
             _print_json(result)
         elif not quiet:
             print_run(result)
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A checkpoint, a folder of them, or an artifact."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write the files.", metavar="DIR")],
+    model: ModelPath = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint's weights as safetensors files by the names of the user's own model."""
+    with _reporting(debug):
+        from p2bw.export import export
+        from p2bw.progress import progress
+        from p2bw.tables import print_export
+
+        with progress(quiet) as say:
+            exported = export(source, out=out, model=model, progress=say)
+        if as_json:
+            _print_json(exported.to_json())
+        elif not quiet:
+            print_export(exported, str(out))
 
 
 @app.command("show")

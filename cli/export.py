@@ -3,10 +3,9 @@
 import hashlib
 import json
 import os
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from p2bw.modelfile.build import build
-from p2bw.modelfile.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    DamageError,
-    Source,
-    commits,
-    open_checkpoint,
-)
+from p2bw.modelfile.checkpoint import MANIFEST, Checkpoint, DamageError, commits, open_checkpoint
 from p2bw.modelfile.load import ModelFile, load_model_file
-from p2bw.modelfile.tensors import write_synced, write_tensors, writing
+from p2bw.modelfile.microbatch import seeded
+from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, writing
 from p2bw.runtime.errors import MismatchError, UsageError
 from p2bw.runtime.plan import describe
 
@@ -61,16 +54,20 @@ def export(
     *,
     out: str | Path,
     model: str | Path | None = None,
+    artifact: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write what `load_state_dict` of the user's model takes, strictly: every name of it, no other.
 
     `source` is a checkpoint, a folder of checkpoints or an artifact: of these the newest that is
     whole. A tied parameter is written under each of its names. One tensor is in memory at a time.
+    The model file is `model` if given, else the file of that name from here, else the copy in the
+    `artifact`, which the checkpoint lies in by default.
     """
     out = Path(out)
     saved = _whole_checkpoint(Path(source), progress)
-    file = _model_file(saved, Path(model) if model else None)
+    around = Path(artifact) if artifact else saved.folder.resolve().parent.parent
+    file = _model_file(saved, Path(model) if model else None, around)
     tensors = _Tensors(saved, file)
     with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
@@ -160,10 +157,9 @@ def _whole_checkpoint(source: Path, progress: Callable[[str], None]) -> Checkpoi
     raise UsageError(f"{folder} has no whole checkpoint: p2bw run --checkpoint-every makes them")
 
 
-def _model_file(saved: Checkpoint, given: Path | None) -> ModelFile:
-    """The model file of a checkpoint: given, from here, or the copy in the artifact around it."""
+def _model_file(saved: Checkpoint, given: Path | None, artifact: Path) -> ModelFile:
     model = saved.manifest.model
-    copy = saved.folder.resolve().parent.parent / "source" / Path(model.file).name
+    copy = artifact / "source" / Path(model.file).name
     for path in [given] if given else [Path(model.file), copy]:
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == model.sha256:
             return load_model_file(path, model.factory, model.settings)
@@ -186,7 +182,9 @@ def _initial(file: ModelFile, seed: int, names: list[str]) -> dict[str, Tensor]:
     """What no stage computes with, as the model file makes it under the seed."""
     if not names:
         return {}
-    state = whole_model(file, seed).state_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = file.model().state_dict()
     return {name: state[name].detach().clone() for name in names}
 
 

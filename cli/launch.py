@@ -3,15 +3,20 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from p2bw.export import export
+from p2bw.modelfile.tensors import writing
 from p2bw.runtime.errors import P2BWError
 from p2bw.runtime.failure import FAILURE_FILE
 from p2bw.runtime.job import Job, Options, command
@@ -27,6 +32,10 @@ def run(
     schedule: str | None = None,
     microbatches: int | None = None,
     save: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    resume: str | Path | None = None,
     device: str | None = None,
     model: str | Path | None = None,
     timeout_s: float = 120,
@@ -53,15 +62,44 @@ def run(
         device=device or ("cuda" if torch.cuda.device_count() >= ranks else "cpu"),
         timeout_s=timeout_s,
         threads=threads,
-        save=Path(save) if save else None,
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        resume=str(resume) if resume else None,
         metrics=Path(metrics) if metrics else None,
         tensorboard=Path(tensorboard) if tensorboard else None,
         trace=Path(trace) if trace else None,
         quiet=quiet,
     )
+    if save is None:
+        return _start(job, options, ranks)
+    with _saved(Path(save), options, job.artifact) as options:
+        return _start(job, options, ranks)
+
+
+@contextmanager
+def _saved(out: Path, options: Options, artifact: Path) -> Iterator[Options]:
+    """Export what is trained meanwhile. It needs a checkpoint, which is kept if it is asked for."""
+    scratch = None
+    folder = options.checkpoint or artifact / "checkpoints"
+    if options.checkpoint is None and options.checkpoint_every is None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            folder = scratch = Path(tempfile.mkdtemp(prefix=".trained-", dir=out))
+        options = replace(options, checkpoint=folder)
+    try:
+        yield options
+        export(folder, out=out, artifact=artifact)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch)
+
+
+def _start(job: Job, options: Options, ranks: int) -> dict[str, Any]:
+    """Run all ranks, and give the result of rank 0."""
     with tempfile.TemporaryDirectory(prefix="p2bw-run-") as scratch:
         result, failure = Path(scratch, "result.json"), Path(scratch, "failure.json")
-        if not quiet:
+        if not options.quiet:
             print(shlex.join(command(job, options, ranks)), file=sys.stderr, flush=True)
         status = _execute(command(job, replace(options, result=result), ranks), failure)
         if options.trace is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from p2bw.compiler.plan import Plan, Stage
     from p2bw.compiler.solve import Solution
     from p2bw.compiler.verify import Verification
+    from p2bw.export import Exported
 
 _PIPED_WIDTH = 168  # a file or a pager has no width of its own
 
@@ -164,6 +165,9 @@ def print_solution(solution: Solution) -> None:
 def print_run(result: Mapping[str, Any]) -> None:
     losses: Sequence[float] = result["losses"]
     out = console()
+    if not losses:
+        out.print("the checkpoint is of the last step already")
+        return
     out.print(curve(losses))
     out.print(
         f"{len(losses)} updates, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
@@ -182,3 +186,16 @@ def curve(values: Sequence[float], width: int = 60) -> str:
     low, high = min(means), max(means)
     scale = 7 / (high - low) if high > low else 0.0
     return "".join("▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means)
+
+
+def print_export(exported: Exported, out: str) -> None:
+    lines = [
+        f"{exported.tensors} tensors, {units.data(exported.bytes)}, in {len(exported.files) - 1} "
+        f"files of {out}, as after step {exported.step}"
+    ]
+    if exported.initial:
+        lines.append(
+            f"of no stage, and as the model file makes them: {', '.join(exported.initial)}"
+        )
+    for line in lines:
+        console().print(escape(line))

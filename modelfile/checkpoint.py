@@ -109,7 +109,7 @@ class Checkpoint:
         state = StageState()
         files = {source.file.name: source.file for source in sources.values()}
         for file in files.values():
-            self._verify(file)
+            self.verify(file)
         for file in files.values():
             try:
                 with safe_open(self.folder / file.name, framework="pt") as content:
@@ -124,7 +124,8 @@ class Checkpoint:
                 raise DamageError(f"{self.folder / file.name} is no such file: {error}") from None
         return state
 
-    def _verify(self, file: File) -> None:
+    def verify(self, file: File) -> None:
+        """Compare a file with its sum; DamageError if it is another."""
         digest, size, path = hashlib.sha256(), 0, self.folder / file.name
         try:
             with path.open("rb") as content:

@@ -50,12 +50,8 @@ def write_tensors(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = (
-        memoryview(read(name).contiguous().view(-1).view(torch.uint8).numpy()) for name in names
-    )
-    return write_synced(
-        path, chain([len(text).to_bytes(8, "little") + text], map(memoryview, data))
-    )
+    data = (read(name).contiguous().view(-1).view(torch.uint8).numpy().data for name in names)
+    return write_synced(path, chain([len(text).to_bytes(8, "little") + text], data))
 
 
 def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:

@@ -42,7 +42,6 @@ def _parse() -> tuple[Job, Options]:
     parser.add_argument("--schedule", help="2bw or flush; the plan's by default")
     parser.add_argument("--microbatches", type=int, help="per update; the plan's by default")
     parser.add_argument("--model", type=Path, help="where the model file is now")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights")
     parser.add_argument("--result", type=Path, metavar="FILE", help="write losses and speed")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--timeout", type=float, dest="timeout_s", metavar="S", default=120)

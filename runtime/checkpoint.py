@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from p2bw.modelfile.checkpoint import (
 )
 from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, writing
 from p2bw.runtime.errors import MismatchError, UsageError
+from p2bw.runtime.job import Options
 from p2bw.runtime.place import Store
 from p2bw.runtime.plan import Plan, describe
 from p2bw.runtime.prepare import Prepared
@@ -121,6 +122,11 @@ class Checkpointer:
             self.thread.join()
             self.thread = None
         self._raise()
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last save."""
+        return self.folder / f"step-{self.saved or 0:08}"
 
     def _raise(self) -> None:
         if self.error is not None:
@@ -217,14 +223,57 @@ def _names_in(path: Path, size: int, rank: int) -> tuple[str, ...]:
         return tuple(sorted(file.keys()))
 
 
-def find_start(
-    resume: str,
-    folder: Path,
-    plan: Plan,
-    seed: int,
+def begin(
+    prepared: Prepared,
+    options: Options,
     rank: int,
     module: nn.Module,
     store: Store,
+    *,
+    restarted: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[Prepared, Start | None, Checkpointer | None]:
+    """What a run goes on from, the schedule from there on, and what saves it, if it is to be saved.
+
+    One that torchrun has `restarted` goes on from its own last checkpoint.
+    """
+    folder = options.checkpoint or prepared.job.artifact / "checkpoints"
+    saves = options.checkpoint is not None or options.checkpoint_every is not None
+    start = resumed = None
+    if options.resume or (restarted and saves):
+        start, resumed = find_start(
+            *(options.resume or "last", folder, prepared, rank, module, store),
+            restarted=restarted,
+            say=say,
+        )
+    if start is not None:
+        if start.step > prepared.job.steps:
+            raise UsageError(
+                f"{resumed} is after step {start.step}; --steps {prepared.job.steps} counts from "
+                f"the very beginning too"
+            )
+        prepared = replace(prepared, pipeline=replace(prepared.pipeline, first=start.step))
+    if not saves:
+        return prepared, start, None
+    saver = Checkpointer(
+        *(folder, prepared, rank, module, store, start),
+        resumed=resumed,
+        every=options.checkpoint_every,
+        keep=options.keep,
+        say=say,
+    )
+    return prepared, start, saver
+
+
+def find_start(
+    resume: str,
+    folder: Path,
+    prepared: Prepared,
+    rank: int,
+    module: nn.Module,
+    store: Store,
+    *,
+    restarted: bool = False,
     say: Callable[[str], None] = print,
 ) -> tuple[Start | None, Path | None]:
     """The state that a run goes on from and its checkpoint, which is the same on all ranks.
@@ -234,22 +283,23 @@ def find_start(
     parameters; before all ranks agree, nothing is changed.
     """
     if rank == 0:
-        found = [path.name for path in commits(folder)] if resume == "last" else [resume]
-        store.set("resume", json.dumps(found))
+        found = [str(path) for path in commits(folder)] if resume == "last" or restarted else []
+        store.set("resume", json.dumps(found or [r for r in [resume] if r != "last"]))
     names: list[str] = json.loads(wait_for(store, "resume"))
     if not names:
         say(f"{folder} has no checkpoint: the run starts from the beginning")
         return None, None
     damages: list[str] = []
     for number, name in enumerate(names):
-        path = folder / name if resume == "last" else Path(name)
-        own = ""
+        path, own = Path(name), ""
         try:
-            start = _read(open_checkpoint(path), plan, seed, rank, module)
+            start = _read(open_checkpoint(path), prepared, rank, module)
         except DamageError as error:
             own = str(error)
         store.set(f"resume/{number}/{rank}", own)
-        told = [wait_for(store, f"resume/{number}/{r}").decode() for r in range(plan.ranks)]
+        told = [
+            wait_for(store, f"resume/{number}/{r}").decode() for r in range(prepared.plan.ranks)
+        ]
         if damage := next(filter(None, told), None):
             damages.append(damage)
             continue
@@ -261,15 +311,15 @@ def find_start(
     raise MismatchError(f"there is no whole checkpoint: {'; '.join(damages)}")
 
 
-def _read(saved: Checkpoint, plan: Plan, seed: int, rank: int, module: nn.Module) -> Start:
+def _read(saved: Checkpoint, prepared: Prepared, rank: int, module: nn.Module) -> Start:
     """A rank's part of a checkpoint, which must be of the same model and data.
 
     A buffer outside the module's state_dict may be missing: it may be a constant of the stage's
     code, which is not taken over to another size of microbatch as it can depend on it.
     """
-    manifest = saved.manifest
+    manifest, plan = saved.manifest, prepared.plan
     samples = manifest.items * manifest.microbatch
-    if wrong := _differences(manifest, plan, seed):
+    if wrong := _differences(manifest, plan, prepared.job.seed):
         raise MismatchError(f"{saved.folder} {wrong}")
     sources = saved.sources((tied.names for tied in plan.tied), plan.position(rank)[1])
     kept = module.state_dict(keep_vars=True).keys()
@@ -303,9 +353,10 @@ def _differences(manifest: Manifest, plan: Plan, seed: int) -> str:
             f"{ours.sha256[:12]}...); p2bw export and --weights take over its weights alone"
         )
     if (theirs.factory, theirs.settings) != (ours.factory, ours.settings):
+        made = {"factory": theirs.factory, **theirs.settings}.items()
+        wanted = {"factory": ours.factory, **ours.settings}.items()
         return (
-            f"is of {theirs.factory}() with {dict(theirs.settings)}, the plan of {ours.factory}() "
-            f"with {dict(ours.settings)}"
+            f"is of another model: {_listed(made - wanted)}, the plan has {_listed(wanted - made)}"
         )
     if manifest.seed != seed:
         return f"is of a run with --seed {manifest.seed}, from which its data follow; give that"
@@ -322,3 +373,7 @@ def _thaw(start: Start, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if (value := start.state.tensors.pop(f"frozen/{name}", None)) is not None:
                 parameter.copy_(value)
+
+
+def _listed(settings: Iterable[tuple[str, object]]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings)) or "no such settings"

@@ -29,7 +29,6 @@ class Options:
     device: str | None = None  # "cpu" or "cuda"; None: cuda where every rank has a GPU of its own
     timeout_s: float = 120
     threads: int | None = None  # of each rank
-    save: Path | None = None
     result: Path | None = None
     quiet: bool = False
     checkpoint: Path | None = None  # folder

@@ -3,21 +3,22 @@
 import json
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from p2bw.runtime.artifact import digests
+from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.errors import MismatchError, PeerError, UsageError
 from p2bw.runtime.failure import Stop, Watchdog
 from p2bw.runtime.job import Job, Options
 from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.report import Report, write_result
-from p2bw.runtime.save import prepare_folder, save_stage, write_index
 from p2bw.runtime.transport import DistributedTransport
-from p2bw.runtime.worker import Events, Update, Worker
+from p2bw.runtime.weights import StageState
+from p2bw.runtime.worker import Events, Start, Update, Worker
 
 _LATE_S = 60  # gloo and NCCL give up so much later than the watchdog, which can say more
 
@@ -25,11 +26,18 @@ _LATE_S = 60  # gloo and NCCL give up so much later than the watchdog, which can
 class Listener(Events):
     """What a rank's worker asks and tells, passed on to the parts that know."""
 
-    def __init__(self, report: Report, stop: Stop) -> None:
-        self.report, self.stop = report, stop
+    def __init__(self, report: Report, stop: Stop, saver: Checkpointer | None = None) -> None:
+        self.report, self.stop, self.saver = report, stop, saver
 
     def allows(self, batch: int) -> bool:
         return self.stop.allows(batch)
+
+    def wants(self, step: int) -> bool:
+        return self.saver is not None and self.saver.wants(step)
+
+    def checkpoint(self, step: int, state: StageState) -> None:
+        if self.saver is not None:
+            self.saver.save(step, state)
 
     def update(self, update: Update) -> None:
         self.report.update(update.batch, update.loss, update.learning_rate, update.norm)
@@ -47,25 +55,33 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
             f"{place.world}; use --nproc-per-node {prepared.plan.ranks} on one machine"
         )
     compare_ranks(prepared, place, store)
-    if options.save is not None:
-        prepare_folder(options.save)
     device = choose_device(options.device, place)
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
-    worker = build(prepared, place.rank, device, Listener(report, watchdog.stop))
+    module = initial_stage(prepared, prepared.plan.position(place.rank)[0], device)
+    prepared, start, saver = begin(
+        *(prepared, options, place.rank, module, store),
+        restarted=place.attempt > 0,
+        say=report.note,
+    )
+    listener = Listener(report, watchdog.stop, saver)
+    worker = build(prepared, place.rank, module, device, listener, start)
     if place.rank == 0:
-        report.open(options, done=0)
+        report.open(options, done=worker.step)
     watchdog.begin(prepared.plan, worker, prepared.pipeline.first)
     meet(place, store, "ready")
     report.start(worker.clock)
     worker.run()
     busy_s = worker.clock.busy_s()  # on a GPU: when it has done all this
     elapsed_s = report.stop()
+    if saver is not None:
+        saver.save(worker.step, worker.state())
+        saver.wait()
     if worker.step < prepared.pipeline.batches:
         meet(place, store, "stopped")
-        raise watchdog.stopped(f"after step {worker.step} of {prepared.pipeline.batches}")
-    if options.save is not None:
-        save(options.save, prepared, worker, place.rank, store)
+        cure = f"--resume {saver.last}" if saver else "nothing is saved without --checkpoint"
+        where = f"after step {worker.step} of {prepared.pipeline.batches}"
+        raise watchdog.stopped(f"{where}; {cure}")
     utilisation = gather_utilisation(busy_s, elapsed_s, place, store)
     if options.result is not None and place.rank == 0:
         write_result(options.result, report.summary(utilisation))
@@ -75,10 +91,16 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     dist.destroy_process_group()
 
 
-def build(prepared: Prepared, rank: int, device: torch.device, events: Events) -> Worker:
+def build(
+    prepared: Prepared,
+    rank: int,
+    module: nn.Module,
+    device: torch.device,
+    events: Events,
+    start: Start | None = None,
+) -> Worker:
     plan = prepared.plan
     stage, replica = plan.position(rank)
-    module = initial_stage(prepared, stage, device)
     transport = DistributedTransport(
         channels=prepared.pipeline.channels,
         specs=channel_specs(prepared, stage, module),
@@ -87,7 +109,7 @@ def build(prepared: Prepared, rank: int, device: torch.device, events: Events) -
         device=device,
         replicas=[s.devices for s in plan.stages],
     )
-    return Worker(prepared, rank, module, device, transport, events)
+    return Worker(prepared, rank, module, device, transport, events, start=start)
 
 
 def choose_device(asked: str | None, place: Place) -> torch.device:
@@ -137,20 +159,6 @@ def compare_ranks(prepared: Prepared, place: Place, store: Store) -> None:
         store.set("verdict", verdict)
     if verdict := store.get("verdict").decode():
         raise MismatchError(verdict)
-
-
-def save(folder: Path, prepared: Prepared, worker: Worker, rank: int, store: Store) -> None:
-    """Write the trained weights by the model's own names, each by the first stage that has it."""
-    plan = prepared.plan
-    stage, replica = plan.position(rank)
-    if replica == 0:
-        state = worker.final_state()
-        store.set(f"names/{stage}", json.dumps(sorted(state)))
-        taken = {name for k in range(stage) for name in json.loads(store.get(f"names/{k}"))}
-        written = save_stage(folder, plan, stage, state, taken)
-        store.set(f"written/{stage}", json.dumps(written))
-    if rank == 0:
-        write_index(folder, [json.loads(store.get(f"written/{k}")) for k in range(plan.depth)])
 
 
 def gather_utilisation(busy_s: float, elapsed_s: float, place: Place, store: Store) -> float:

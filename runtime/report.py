@@ -55,6 +55,11 @@ class Report:
         self.board: Any = None
         self.started = self.stopped = self.told = self.seen = self._mark()
 
+    def note(self, line: str) -> None:
+        """Something that happened, on stderr."""
+        if self.say:
+            print(f"p2bw: {line}", file=sys.stderr, flush=True)
+
     def open(self, options: Options, done: int) -> None:
         """Begin the files; those of a run that is resumed after step `done` go on from there."""
         path = options.metrics or self.default

@@ -39,10 +39,18 @@ class Disk:
         """Forget contents that were not synced; names too, as a file system may or may not."""
         for _, undo in reversed(self.names if names else []):
             undo()
-        inodes = {p.stat().st_ino: p for p in Path(self.folder).rglob("*") if p.is_file()}
+        inodes = self.inodes()
         for inode in self.unsynced:
             if inode in inodes:
                 os.truncate(inodes[inode], 0)
+
+    def inodes(self) -> dict[int, Path]:
+        """Where the files are now: the folder around one may have been renamed."""
+        return {p.stat().st_ino: p for p in Path(self.folder).rglob("*") if p.is_file()}
+
+    def forget(self, inode: int) -> None:
+        if path := self.inodes().get(inode):
+            path.unlink()
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
@@ -63,7 +71,7 @@ class Disk:
             file = real(path, mode, *args, **kwargs)
             inode, parent = os.fstat(file.fileno()).st_ino, os.stat(Path(path).parent).st_ino
             self.unsynced[inode] = Path(path)
-            self.names.append((parent, lambda: _quietly(os.unlink, path)))
+            self.names.append((parent, lambda: self.forget(inode)))
             write, first = file.write, True
 
             def write_(data: Any) -> int:

@@ -19,7 +19,7 @@ from p2bw.launch import FAILURE_FILE
 from p2bw.runtime.failure import Stop
 from p2bw.runtime.job import Job
 from p2bw.runtime.place import connect, find_place
-from p2bw.runtime.prepare import prepare
+from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import Listener, build, join, meet
 from p2bw.runtime.report import Report
 
@@ -41,7 +41,9 @@ def main() -> None:
         prepared = prepare(job)
         if place.rank < prepared.plan.ranks:
             report = Report(prepared, say=False)
-            worker = build(prepared, place.rank, device, Listener(report, Stop()))
+            stage, _ = prepared.plan.position(place.rank)
+            module = initial_stage(prepared, stage, device)
+            worker = build(prepared, place.rank, module, device, Listener(report, Stop()))
             worker.run()
             out = Path(given["out"])
             save_file(

@@ -40,7 +40,7 @@ class Ranks:
     def __init__(self, artifact: Path, folder: Path, *, keep: int = 2, seed: int = 0) -> None:
         self.prepared: Prepared = prepare(Job(artifact=artifact, steps=1, seed=seed))
         self.plan = self.prepared.plan
-        self.folder, self.keep, self.seed = folder, keep, seed
+        self.folder, self.keep = folder, keep
         self.modules = [self.module(rank) for rank in range(self.plan.ranks)]
         self.store = dist.HashStore()
         self.savers: list[Checkpointer] = []
@@ -94,7 +94,7 @@ class Ranks:
         def look(rank: int) -> None:
             try:
                 found[rank] = find_start(
-                    *(resume, self.folder, self.plan, self.seed, rank, self.modules[rank], store),
+                    *(resume, self.folder, self.prepared, rank, self.modules[rank], store),
                     say=self.said.append if rank == 0 else lambda text: None,
                 )
             except P2BWError as error:
@@ -321,7 +321,7 @@ def test_constants_of_the_stage_s_code_follow_the_microbatch(ranks: Ranks, tmp_p
     ("given", "message"),
     [
         ({"edit": lambda text: text + "# edited\n"}, "is of another model file"),
-        ({"optimizer": "adamw"}, "'optimizer': 'sgd'}, the plan of model.. with {'optimizer'"),
+        ({"optimizer": "adamw"}, "another model: optimizer='sgd', the plan has optimizer='adamw'"),
         ({"microbatch": 7}, "no whole number of 7; compile with --microbatch 3"),
     ],
 )

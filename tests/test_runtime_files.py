@@ -13,7 +13,6 @@ from torch import nn
 from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
 from p2bw.runtime.errors import InputFileError, MismatchError, ModelError, UsageError
 from p2bw.runtime.plan import read_plan
-from p2bw.runtime.save import prepare_folder
 from p2bw.runtime.transport import _dense
 
 Edit = Callable[[dict[str, Any]], object]
@@ -140,12 +139,6 @@ def test_a_stage_gets_the_model_s_state_by_name() -> None:
         MismatchError, match=r"\[4\] in the model, torch.float32 \[5\] in the stage"
     ):
         copy_state(model, nn.Sequential(nn.BatchNorm1d(5)))
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="--save"):
-        prepare_folder(tmp_path / "file" / "saved")
 
 
 @pytest.mark.parametrize(
