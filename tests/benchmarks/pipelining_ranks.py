@@ -1,0 +1,156 @@
+"""One rank of the pipelining benchmark: p2bw, torch.distributed.pipelining and the ideal.
+
+Each measurement gives the seconds per weight update of this rank. All of them run the modules of
+pipelining_model.py, with the optimizer that is made there.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pipelining_model import VOCABULARY, Part, loss, optimizer
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from p2bw.runtime.job import Job
+from p2bw.runtime.prepare import Prepared, prepare
+from p2bw.runtime.rank import build
+from p2bw.runtime.report import Report
+
+CPU = torch.device("cpu")
+PEERS = {  # the schedule, and the stages that each of two ranks has
+    "GPipe": (ScheduleGPipe, ((0,), (1,))),
+    "1F1B": (Schedule1F1B, ((0,), (1,))),
+    "Interleaved1F1B": (ScheduleInterleaved1F1B, ((0, 2), (1, 3))),
+    "InterleavedZeroBubble": (ScheduleInterleavedZeroBubble, ((0, 2), (1, 3))),
+    "ZBVZeroBubble": (ScheduleZBVZeroBubble, ((0, 3), (1, 2))),
+}
+OURS = ("2bw", "2bw, all on", "flush")
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What one rank measures, of a model in a size."""
+
+    rank: int
+    sizes: dict[str, int]
+    microbatch: int
+    artifacts: dict[bool, Path]  # whether the embedding is tied -> artifact
+
+    def measure(self, what: str, m: int, updates: int) -> float:
+        """Seconds per update of the slowest rank, while both run `what`."""
+        dist.barrier()
+        if what == "ideal":
+            seconds = self.ideal(m, updates)
+        elif what in PEERS:
+            seconds = self.peer(what, m, updates)
+        else:
+            seconds = self.p2bw(what, m, updates)
+        slowest = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return slowest.item()
+
+    def ideal(self, m: int, updates: int) -> float:
+        """The rank's stage computes without messages, while the other rank does the same."""
+        part = self._part(self.rank, 2)
+        weights = optimizer(list(part.parameters()))
+        ids, wanted = self._data(1)
+        hidden = torch.randn(self.microbatch, self.sizes["tokens"], self.sizes["width"])
+        gradient = torch.randn_like(hidden)
+
+        def update() -> None:
+            for _ in range(m):
+                if self.rank == 0:
+                    part(ids).backward(gradient)
+                else:
+                    (loss(part(hidden.detach().requires_grad_()), wanted) / m).backward()
+            weights.step()
+            weights.zero_grad()
+
+        return _timed(update, updates)
+
+    def peer(self, name: str, m: int, updates: int) -> float:
+        """As its users run it: a step of the schedule, and a step of the optimizer."""
+        make_schedule, ranks = PEERS[name]
+        indices, count = ranks[self.rank], len(ranks) * len(ranks[0])
+        parts = {i: self._part(i, count) for i in indices}
+        stages = [PipelineStage(part, i, count, CPU) for i, part in parts.items()]
+        schedule = make_schedule(stages if len(stages) > 1 else stages[0], m, loss_fn=loss)
+        weights = optimizer([p for part in parts.values() for p in part.parameters()])
+        ids, wanted = self._data(m)
+        first = [ids] if 0 in parts else []
+        last = {"target": wanted, "losses": []} if count - 1 in parts else {}
+
+        def update() -> None:
+            schedule.step(*first, **last, return_outputs=False)
+            weights.step()
+            weights.zero_grad()
+
+        return _timed(update, updates)
+
+    def p2bw(self, name: str, m: int, updates: int) -> float:
+        """A whole run. The first update, which fills the pipeline, and the last, which drains it,
+        do not count; between them nothing waits for all ranks, so none is told from the other."""
+        all_on = name == "2bw, all on"
+        job = Job(
+            artifact=self.artifacts[all_on],
+            steps=updates + 2,
+            schedule="flush" if name == "flush" else "2bw",
+            microbatches=m,
+            clip_norm=1.0 if all_on else None,
+        )
+        prepared = prepare(job)
+        report = _Times(prepared)
+        worker = build(prepared, self.rank, CPU, report)
+        dist.barrier()
+        worker.run()
+        times = report.times[1:-1]
+        return (times[-1] - times[0]) / (len(times) - 1) if times else 0.0
+
+    def _part(self, index: int, count: int) -> Part:
+        torch.manual_seed(index)
+        blocks = self.sizes["blocks"]
+        return Part(index * blocks // count, (index + 1) * blocks // count, **self.sizes)
+
+    def _data(self, microbatches: int) -> tuple[Tensor, Tensor]:
+        shape = (microbatches * self.microbatch, self.sizes["tokens"])
+        return torch.randint(VOCABULARY, shape), torch.randint(VOCABULARY, shape)
+
+
+class _Times(Report):
+    """Notes when rank 0 has made each update."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared, say=False)
+        self.times: list[float] = []
+
+    def update(self, batch: int, loss: float) -> None:
+        super().update(batch, loss)
+        self.times.append(time.perf_counter())
+
+
+def _timed(update: Callable[[], None], updates: int) -> float:
+    """Seconds per call, after one that warms up."""
+    update()
+    dist.barrier()
+    start_s = time.perf_counter()
+    for _ in range(updates):
+        update()
+    return (time.perf_counter() - start_s) / updates
+
+
+def pin(rank: int) -> None:
+    """One thread on one core."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    torch.set_num_threads(1)
