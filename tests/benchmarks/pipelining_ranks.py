@@ -23,10 +23,11 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from p2bw.runtime.job import Job
-from p2bw.runtime.prepare import Prepared, prepare
-from p2bw.runtime.rank import build
+from p2bw.runtime.job import Job, Options
+from p2bw.runtime.prepare import prepare
+from p2bw.runtime.rank import Listener, build
 from p2bw.runtime.report import Report
+from p2bw.runtime.worker import Update
 
 CPU = torch.device("cpu")
 PEERS = {  # the schedule, and the stages that each of two ranks has
@@ -111,12 +112,16 @@ class Bench:
             clip_norm=1.0 if all_on else None,
         )
         prepared = prepare(job)
-        report = _Times(prepared)
-        worker = build(prepared, self.rank, CPU, report)
+        report = Report(prepared, say=False)
+        times = _Times(report)
+        worker = build(prepared, self.rank, CPU, times)
+        if all_on and self.rank == 0:
+            report.open(Options(), done=0)
         dist.barrier()
+        report.start(worker.clock)
         worker.run()
-        times = report.times[1:-1]
-        return (times[-1] - times[0]) / (len(times) - 1) if times else 0.0
+        done_s = times.done_s[1:-1]
+        return (done_s[-1] - done_s[0]) / (len(done_s) - 1) if done_s else 0.0
 
     def _part(self, index: int, count: int) -> Part:
         torch.manual_seed(index)
@@ -128,16 +133,16 @@ class Bench:
         return torch.randint(VOCABULARY, shape), torch.randint(VOCABULARY, shape)
 
 
-class _Times(Report):
+class _Times(Listener):
     """Notes when rank 0 has made each update."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        super().__init__(prepared, say=False)
-        self.times: list[float] = []
+    def __init__(self, report: Report) -> None:
+        super().__init__(report)
+        self.done_s: list[float] = []
 
-    def update(self, batch: int, loss: float) -> None:
-        super().update(batch, loss)
-        self.times.append(time.perf_counter())
+    def update(self, update: Update) -> None:
+        super().update(update)
+        self.done_s.append(time.perf_counter())
 
 
 def _timed(update: Callable[[], None], updates: int) -> float:
