@@ -1,10 +1,13 @@
 """Messages between ranks: one small interface, and its implementation over torch.distributed."""
 
+import math
+import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -46,14 +49,14 @@ class Transport(Protocol):
 class DistributedTransport:
     """Gloo on CPUs, NCCL on GPUs; a GPU without NCCL goes through host memory.
 
-    Every message is the bytes of one tensor, in the order in which they lie in memory, received
-    into a buffer of its own: autograd may adopt a received gradient as a parameter's `.grad`, so
-    a buffer that is used again could change a gradient. A channel's first message is preceded by
-    the order of the tensor's dimensions. Without it a transposed tensor would arrive contiguous,
-    and kernels that look at strides would give other bits than the unsplit model.
+    Every message is the bytes of one tensor, in the order in which they lie in memory. A channel's
+    first message tells how the sender's dimensions are ordered there, if it has several, and those
+    after it are packed alike. Without it a transposed tensor would arrive contiguous, and kernels
+    that look at strides would give other bits than the unsplit model.
 
-    Sends are never waited for except by the next send on the same channel, whose predecessor has
-    long arrived: receives are posted as far ahead as the schedule's check demands.
+    Sends are waited for by the next send on the same channel alone, when the predecessor has long
+    arrived: receives are posted as far ahead as the schedule's check demands. (What gloo sends is
+    not `is_completed` before it is waited for; that costs some microseconds.)
     """
 
     def __init__(
@@ -73,66 +76,79 @@ class DistributedTransport:
         self.device = device
         self.direct = dist.get_backend() == "nccl"  # moves device memory by itself
         self.tags = {channel: 2 * index for index, channel in enumerate(channels)}
-        self.headers: dict[Channel, _Posted] = {}
-        self.orders: dict[Channel, list[int]] = {}
+        self.orders: dict[Channel, list[int]] = {}  # of dimensions in memory, both ways
+        self.headers: dict[Channel, tuple[Tensor, dist.Work]] = {}  # that will tell the order
         self.sending: dict[Channel, list[tuple[dist.Work, Tensor]]] = {}
+        self.blocks = _Blocks()
         self.groups = self._connect() if self.direct else {}
         made = [dist.new_group(list(ranks)) for ranks in replicas] if len(replicas[0]) > 1 else []
         self.replicas = made[stage] if made else None
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
-        tensor, order = _dense(tensor.detach())
-        payload = [_bytes(tensor)]
-        if channel not in self.sending:
-            payload.insert(0, _bytes(torch.tensor(order, dtype=torch.int64, device=tensor.device)))
         self._wait_for_sends(channel)
-        self.sending[channel] = [
-            (self._isend(channel, part, header=len(payload) - 1 - i), part)
-            for i, part in enumerate(payload if self.direct else [part.cpu() for part in payload])
-            if part.numel()
-        ]
+        if channel not in self.orders:
+            order = self.orders[channel] = _order(tensor)
+            if len(order) > 1:
+                self._send(channel, torch.tensor(order, device=self.device), header=1)
+        self._send(channel, tensor.detach().permute(self.orders[channel]).contiguous(), header=0)
 
     def receive(self, channel: Channel) -> Arrival:
         spec = self.specs[channel]
-        if channel not in self.headers:
-            header = TensorSpec("", (len(spec.shape),), torch.int64)
-            self.headers[channel] = self._post(channel, header, header=1)
-        return _Reordered(self, channel, self._post(channel, spec, header=0))
+        if channel not in self.headers and len(spec.shape) > 1:
+            header = self._buffer(8 * len(spec.shape))
+            self.headers[channel] = header, self._receive(channel, header, header=1)
+        buffer = self._buffer(math.prod(spec.shape) * spec.dtype.itemsize)
+        work = self._receive(channel, buffer, header=0) if buffer.numel() else None
+        return _Message(self, channel, buffer, work)
 
     def order(self, channel: Channel) -> list[int]:
-        """The order in memory of the dimensions of a channel's tensors."""
+        """The order in memory of the dimensions of the tensors that a channel brings."""
         if channel not in self.orders:
-            self.orders[channel] = self.headers[channel].wait().tolist()
+            if channel not in self.headers:
+                self.orders[channel] = [*range(len(self.specs[channel].shape))]
+            else:
+                header, work = self.headers[channel]
+                self.wait(channel, channel.source, work)
+                self.orders[channel] = header.view(torch.int64).tolist()
         return self.orders[channel]
 
     def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
         return _AllReduce(tensors, self.replicas)
 
     def finish(self) -> None:
-        for channel in self.sending:
+        for channel in list(self.sending):
             self._wait_for_sends(channel)
 
-    def _post(self, channel: Channel, spec: TensorSpec, header: int) -> "_Posted":
-        size = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-        buffer = torch.empty(size, dtype=torch.uint8, device=self.device if self.direct else "cpu")
-        peer, tag = self.peers[channel.source], self.tags[channel] + header
-        work = None
-        if size:
-            with _blaming(channel, channel.source, peer):
-                work = dist.irecv(buffer, peer, group=self.groups.get(_lane(channel)), tag=tag)
-        return _Posted(channel, peer, buffer, spec, work, self.device)
+    def wait(self, channel: Channel, stage: int, work: dist.Work) -> None:
+        with _blaming(channel, stage, self.peers[stage]):
+            work.wait()
 
-    def _isend(self, channel: Channel, part: Tensor, header: int) -> dist.Work:
+    def _buffer(self, size: int) -> Tensor:
+        if self.direct or not size:  # torch's allocator of GPU memory keeps blocks by itself
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.blocks.take(size)
+
+    def _receive(self, channel: Channel, buffer: Tensor, header: int) -> dist.Work:
+        peer, tag = self.peers[channel.source], self.tags[channel] + header
+        with _blaming(channel, channel.source, peer):
+            work = dist.irecv(buffer, peer, group=self.groups.get(_lane(channel)), tag=tag)
+        assert work is not None
+        return work
+
+    def _send(self, channel: Channel, packed: Tensor, header: int) -> None:
+        if not packed.numel():
+            return
+        part = packed.view(-1).view(torch.uint8)
+        part = part if self.direct else part.cpu()
         peer, tag = self.peers[channel.target], self.tags[channel] + header
         with _blaming(channel, channel.target, peer):
             work = dist.isend(part, peer, group=self.groups.get(_lane(channel)), tag=tag)
         assert work is not None
-        return work
+        self.sending.setdefault(channel, []).append((work, part))
 
     def _wait_for_sends(self, channel: Channel) -> None:
-        for work, _ in self.sending.get(channel, ()):  # only once: the second time gloo hangs
-            with _blaming(channel, channel.target, self.peers[channel.target]):
-                work.wait()
+        for work, _ in self.sending.pop(channel, ()):  # only once: the second time gloo hangs
+            self.wait(channel, channel.target, work)
 
     def _connect(self) -> dict[tuple[Flow, bool], dist.ProcessGroup]:
         """Give NCCL a communicator for each pair and direction, connected before it is needed.
@@ -154,35 +170,43 @@ class DistributedTransport:
         return groups
 
 
+class _Blocks:
+    """Memory to receive into that is used again, but never while a tensor lies in it.
+
+    Autograd may adopt a received gradient as a parameter's `.grad`, and a stage's code may keep
+    what it is given: a block is free when the last tensor on it is gone, and with it the block's
+    lease. Fresh memory would cost a page fault every 4 KiB: 5 times the copy of a large message.
+    """
+
+    def __init__(self) -> None:
+        self.leased: dict[int, list[tuple[mmap.mmap, ReferenceType[memoryview]]]] = {}
+
+    def take(self, size: int) -> Tensor:
+        blocks = self.leased.setdefault(size, [])
+        free = next((i for i, (_, lease) in enumerate(blocks) if lease() is None), len(blocks))
+        block = blocks[free][0] if free < len(blocks) else mmap.mmap(-1, size)
+        lease = memoryview(block)
+        blocks[free : free + 1] = [(block, ref(lease))]
+        return torch.frombuffer(lease, dtype=torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
-class _Posted:
-    channel: Channel
-    peer: int
-    buffer: Tensor
-    spec: TensorSpec
-    work: dist.Work | None
-    device: torch.device
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            with _blaming(self.channel, self.channel.source, self.peer):
-                self.work.wait()
-        return self.buffer.view(self.spec.dtype).to(self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reordered:
-    """Gives a message the shape and strides that it had at its sender."""
+class _Message:
+    """Gives a message the type, shape and strides that it had at its sender."""
 
     transport: DistributedTransport
     channel: Channel
-    posted: _Posted
+    buffer: Tensor
+    work: dist.Work | None
 
     def wait(self) -> Tensor:
-        order = self.transport.order(self.channel)
-        shape = self.posted.spec.shape
+        transport, spec = self.transport, self.transport.specs[self.channel]
+        if self.work is not None:
+            transport.wait(self.channel, self.channel.source, self.work)
+        tensor = self.buffer.to(transport.device).view(spec.dtype)
+        order = transport.order(self.channel)
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return self.posted.wait().view([shape[d] for d in order]).permute(inverse)
+        return tensor.view([spec.shape[d] for d in order]).permute(inverse)
 
 
 @dataclass(slots=True)
@@ -245,15 +269,8 @@ def _lane(channel: Channel) -> tuple[Flow, bool]:
     return channel.flow, channel.source < channel.target
 
 
-def _dense(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """The tensor with its dimensions in memory order, contiguous; and that order."""
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions in the order in which they lie in memory, if they fill it without gaps."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
-    packed = tensor.permute(order)
-    if packed.is_contiguous():
-        return packed, order
-    return tensor.contiguous(), list(range(tensor.dim()))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    return order if tensor.permute(order).is_contiguous() else sorted(order)

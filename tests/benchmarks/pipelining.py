@@ -36,7 +36,7 @@ from pipelining_ranks import OURS, PEERS, Bench, pin
 
 SIZES = {  # milliseconds of a forward and backward of one stage on a server core -> how made
     100: {"microbatch": 3, "blocks": 8, "width": 256, "tokens": 128},
-    10: {"microbatch": 2, "blocks": 8, "width": 128, "tokens": 64},
+    10: {"microbatch": 2, "blocks": 4, "width": 128, "tokens": 128},
 }
 BARS = {100: 0.97, 10: 0.93}
 AHEAD_OF_1F1B = {2: 1.45, 4: 1.18}

@@ -1,5 +1,8 @@
 """The transformer that the pipelining benchmark trains: a model file like any user's."""
 
+from collections.abc import Iterator
+from itertools import cycle
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,6 +88,16 @@ def inputs(batch_size: int) -> tuple[Tensor]:
 
 def targets(batch_size: int) -> tuple[Tensor]:
     return (torch.randint(VOCABULARY, (batch_size, sample)),)
+
+
+def data(batch_size: int, seed: int) -> Iterator[tuple[tuple[Tensor], tuple[Tensor]]]:
+    """Endless pairs of a few microbatches that lie in memory, as the peer is given them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (16, batch_size, sample)
+    ids = torch.randint(VOCABULARY, shape, generator=generator)
+    wanted = torch.randint(VOCABULARY, shape, generator=generator)
+    for i in cycle(range(16)):
+        yield (ids[i],), (wanted[i],)
 
 
 def loss(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""The messages between ranks, in real processes over gloo."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from p2bw.runtime.plan import TensorSpec
+from p2bw.runtime.schedule import Channel, Flow
+from p2bw.runtime.transport import DistributedTransport
+
+CASES: dict[str, Callable[[int], None]] = {}
+
+
+def in_two_ranks(case: Callable[[int], None]) -> Callable[[Path], None]:
+    """A test that runs `case(rank)` in two processes; it fails if either does."""
+    CASES[case.__name__] = case
+
+    def test(tmp_path: Path) -> None:
+        line = [sys.executable, __file__, case.__name__, str(tmp_path / "meeting")]
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen([*line, rank], stderr=subprocess.PIPE, env=environment, text=True)
+            for rank in ("0", "1")
+        ]
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+
+    return test
+
+
+def connect(
+    tensors: Sequence[Tensor], width: int = 1
+) -> tuple[DistributedTransport, list[Channel]]:
+    """One channel from stage 0 to 1 for each tensor, of which the shape and type are compiled in;
+    with a width of 2 both ranks are replicas of the only stage."""
+    rank = dist.get_rank()
+    channels = [Channel(Flow.ACTIVATION, 0, 1, str(i)) for i, _ in enumerate(tensors)]
+    transport = DistributedTransport(
+        channels=channels,
+        specs={
+            c: TensorSpec(c.tensor, tuple(t.shape), t.dtype)
+            for c, t in zip(channels, tensors, strict=True)
+        },
+        peers={0: 0, 1: 1},
+        stage=0 if width == 2 else rank,
+        device=torch.device("cpu"),
+        replicas=[[0, 1]] if width == 2 else [[0], [1]],
+    )
+    return transport, channels
+
+
+@in_two_ranks
+def test_a_message_arrives_with_its_strides(rank: int) -> None:
+    values = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
+    cases = [  # a tensor, and the strides that it arrives with
+        (values, (12, 4, 1)),
+        (values.permute(2, 0, 1), (1, 12, 4)),
+        (values.bfloat16().transpose(0, 2), (1, 4, 12)),
+        (values.bool(), (12, 4, 1)),
+        (values[0, 0, 1], ()),
+        (values[:, :0], (4, 4, 1)),  # nothing
+        (values[:1, :, :1].expand(5, 3, 4), (12, 4, 1)),  # its elements share memory
+        (values[..., ::2], (6, 2, 1)),  # with gaps
+    ]
+    tensors = [tensor for tensor, _ in cases]
+    transport, channels = connect(tensors)
+    for _ in range(3):
+        if rank == 0:
+            for channel, tensor in zip(channels, tensors, strict=True):
+                transport.send(channel, tensor)
+            continue
+        arrivals = [transport.receive(channel) for channel in channels]
+        for arrival, (tensor, strides) in zip(arrivals, cases, strict=True):
+            got = arrival.wait()
+            assert got.dtype == tensor.dtype
+            assert torch.equal(got, tensor)
+            assert got.stride() == strides
+    transport.finish()
+
+
+@in_two_ranks
+def test_strides_that_change_on_the_way_do_not_mix_up_a_message(rank: int) -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    transposed = values.t().contiguous().t()
+    transport, (channel,) = connect([values])
+    for number, tensor in enumerate([transposed, values, transposed]):
+        if rank == 0:
+            transport.send(channel, tensor + number)
+        else:
+            got = transport.receive(channel).wait()
+            assert torch.equal(got, values + number)
+            assert got.stride() == transposed.stride()
+    transport.finish()
+
+
+@in_two_ranks
+def test_a_buffer_is_used_again_but_never_while_a_tensor_lies_in_it(rank: int) -> None:
+    example = torch.zeros(64, 64)
+    transport, (channel,) = connect([example])
+    sent = [torch.full_like(example, number) for number in range(12)]
+    if rank == 0:
+        for tensor in sent:
+            transport.send(channel, tensor)
+        transport.finish()
+        return
+    ahead = [transport.receive(channel) for _ in range(2)]
+
+    def take() -> Tensor:
+        ahead.append(transport.receive(channel))
+        return ahead.pop(0).wait()
+
+    kept = take()[3:].t()  # a view of a view
+    weight = nn.Parameter(torch.ones_like(example))
+    (weight * 1).sum().backward()  # so that the adopted one is the only gradient below
+    weight.grad = None
+    gradient = take()
+    seen = gradient.data_ptr()
+    weight.view(64, 64).backward(gradient)
+    del gradient
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() == seen, "autograd makes a copy now: test with what it adopts"
+    places = [take().data_ptr() for _ in range(8)]
+    assert torch.equal(kept, sent[0][3:].t())
+    assert torch.equal(weight.grad, sent[1])
+    assert len(set(places)) <= 3, "static in steady state: two posted ahead, and one in use"
+    assert not {kept.data_ptr(), seen} & set(places)
+    weight.grad = None
+    assert seen in {take().data_ptr(), take().data_ptr()} | {
+        message.buffer.data_ptr()
+        for message in ahead  # type: ignore[attr-defined]
+    }
+
+
+@in_two_ranks
+def test_a_send_waits_for_nobody(rank: int) -> None:
+    """Rank 1 posts its receive only when rank 0 says that it has sent."""
+    large = torch.arange(1 << 21, dtype=torch.float32)
+    transport, (channel,) = connect([large])
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        transport.send(channel, large)
+        store.set("sent", "")
+    else:
+        store.wait(["sent"])
+        assert torch.equal(transport.receive(channel).wait(), large)
+    transport.finish()
+
+
+@in_two_ranks
+def test_sums_over_replicas_are_made_in_place_and_alike(rank: int) -> None:
+    def terms(of: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(of)
+        large = torch.randn(600, 500, generator=generator)
+        small = [torch.randn(n, 3, generator=generator) for n in (1, 5)]
+        return [large, *small, small[1].double(), torch.randn(4, 6, generator=generator).t()]
+
+    transport, _ = connect([], width=2)
+    mine = terms(rank)
+    places = [tensor.data_ptr() for tensor in mine]
+    later = [torch.tensor([1.0 + rank])]
+    reductions = [transport.reduce(mine), transport.reduce(later)]
+    for reduction in reversed(reductions):
+        reduction.wait()
+    assert [tensor.data_ptr() for tensor in mine] == places
+    assert later[0].item() == 3
+    for total, a, b in zip(mine, terms(0), terms(1), strict=True):
+        assert torch.equal(total, a + b)
+
+
+if __name__ == "__main__":
+    case, meeting, rank = sys.argv[1:]
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=int(rank),
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    CASES[case](int(rank))
+    dist.barrier()
+    dist.destroy_process_group()
