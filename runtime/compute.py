@@ -81,6 +81,7 @@ class Compute:
         """
         kept = self.in_flight.pop(number)
         edges = kept.edges
+        new = [leaf for leaf in self.weights.leaves(version).values() if leaf.grad is None]
         if self.stage.recompute:
             edges = _edges(self._run_again(number, version, kept))
         seeds = dict(gradients)
@@ -93,7 +94,7 @@ class Compute:
         for name in self.differentiable:
             tensor = kept.arguments[name]
             found[name] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        return self._unshared(found, version)
+        return _unshared(found, [leaf.grad for leaf in new if leaf.grad is not None])
 
     def _run(self, number: int, version: int, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.weights.use(version)
@@ -152,15 +153,16 @@ class Compute:
             owner, _, attribute = name.rpartition(".")
             setattr(self.module.get_submodule(owner), attribute, buffer)
 
-    def _unshared(self, gradients: dict[str, Tensor], version: int) -> dict[str, Tensor]:
-        """Autograd may give an argument and a parameter gradients that share memory, and the
-        parameter's is added to while the argument's is still being sent."""
-        leaves = self.weights.leaves(version).values()
-        owned = {_place(leaf.grad) for leaf in leaves if leaf.grad is not None}
-        return {
-            name: gradient.clone() if _place(gradient) in owned else gradient
-            for name, gradient in gradients.items()
-        }
+
+def _unshared(gradients: dict[str, Tensor], adopted: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Autograd may give an argument and a parameter gradients that share memory, and the
+    parameter's is added to while the argument's is still being sent. It does so in the backward in
+    which a parameter adopts its gradient; later ones are added to that."""
+    places = {_place(gradient) for gradient in adopted}
+    return {
+        name: gradient.clone() if _place(gradient) in places else gradient
+        for name, gradient in gradients.items()
+    }
 
 
 def _place(gradient: Tensor) -> int | None:

@@ -49,9 +49,9 @@ class Feed:
         return tuple(tensors[name].to(self.device) for name in self.names)
 
     def _checked(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        given = ", ".join(describe(tuple(t.shape), t.dtype) for t in tensors)
         specs = self.plan.inputs
         if len(tensors) != len(specs) or not all(map(lambda s, t: s.fits(t), specs, tensors)):
+            given = ", ".join(describe(tuple(t.shape), t.dtype) for t in tensors)
             raise UsageError(
                 f"microbatch {self.next_item - 1} of data() is {given}; the plan was compiled for "
                 f"{', '.join(map(str, specs))}; every microbatch must have {self.plan.microbatch} "

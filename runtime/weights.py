@@ -70,7 +70,10 @@ class Weights:
         if index != self.plugged:
             for name, leaf in self.sets[index].items():
                 for owner, attribute in self.slots[name]:
-                    setattr(owner, attribute, leaf)
+                    if type(owner).__setattr__ is nn.Module.__setattr__:
+                        owner._parameters[attribute] = leaf  # what it does, 30 times faster
+                    else:
+                        setattr(owner, attribute, leaf)
             self.plugged = index
 
     def save(self, state: StageState, step: int, buffers: Mapping[str, Tensor]) -> None:
