@@ -1,4 +1,4 @@
-"""The baselines of the placement benchmark do what their papers and packages define."""
+"""The benchmarks: baselines do what their papers and packages define, and the scripts run."""
 
 import json
 import subprocess
@@ -19,6 +19,8 @@ from baselines import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from pipelining import judge
+from pipelining_ranks import OURS, PEERS
 
 
 def test_cuts_by_hand():
@@ -173,3 +175,35 @@ def test_the_table_has_a_row_for_each_file(tmp_path):
     cells = last_row(path)
     assert cells[:4] == ["small", "2", "9", "0.00%"]
     assert all(cell == "-" or float(cell) >= 1 for cell in cells[5:])
+
+
+def test_the_pipelining_benchmark_runs_every_schedule_of_both():
+    """How fast they are here says nothing."""
+    script = Path(__file__).parent / "benchmarks" / "pipelining.py"
+    line = [sys.executable, script, "--stage-ms", "1", "--microbatches", "4", "--rounds", "1"]
+    printed = subprocess.run(
+        [*line, "--seconds", "0.01", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    (row,) = json.loads(printed.stdout)
+    assert (row["m"], row["stage_ms"]) == (4, 1)
+    assert set(row["utilisation"]) == {*OURS, *PEERS}
+    assert all(share > 0 for share in row["utilisation"].values())
+
+
+def test_the_pipelining_benchmark_says_what_is_behind():
+    """Seconds per update; the ideal took 1 s."""
+    took_s = {"2bw": 1.02, "2bw, all on": 1.06, "flush": 1.6, "1F1B": 1.5, "ZBVZeroBubble": 1.01}
+    row = judge(100, 4, {name: [(s, 1.0), (s, 1.0)] for name, s in took_s.items()})
+    assert row["missed"] == [
+        "2bw is 0.990 of ZBVZeroBubble, not 1",
+        "flush is 0.938 of 1F1B, not 1",
+        "2bw, all on is 0.962 of 2bw, not 0.97",
+    ]
+    (missed,) = judge(10, 2, {"2bw": [(1.0, 0.9)], "1F1B": [(1.5, 0.9)]})["missed"]
+    assert missed == "2bw is 0.900 of the ideal, not 0.93"
+    (missed,) = judge(10, 2, {"2bw": [(1.0, 1.0)], "1F1B": [(1.4, 1.0)]})["missed"]
+    assert missed == "2bw is 1.400 of 1F1B, not 1.45"

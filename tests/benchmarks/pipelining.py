@@ -37,10 +37,11 @@ from pipelining_ranks import OURS, PEERS, Bench, pin
 SIZES = {  # milliseconds of a forward and backward of one stage on a server core -> how made
     100: {"microbatch": 3, "blocks": 8, "width": 256, "tokens": 128},
     10: {"microbatch": 2, "blocks": 4, "width": 128, "tokens": 128},
+    1: {"microbatch": 1, "blocks": 4, "width": 64, "tokens": 16},  # no bars: does it run?
 }
 BARS = {100: 0.97, 10: 0.93}
 AHEAD_OF_1F1B = {2: 1.45, 4: 1.18}
-FEATURES = 1.03
+ALL_ON = 0.97
 
 Measured = dict[str, list[tuple[float, float]]]  # what -> seconds per update and ideal, by round
 
@@ -160,12 +161,13 @@ def judge(stage_ms: int, m: int, measured: Measured) -> dict[str, Any]:
         if ahead in used and behind in used and used[ahead] < factor * used[behind]:
             missed.append(f"{ahead} is {used[ahead] / used[behind]:.3f} of {behind}, not {factor}")
 
-    if used.get("2bw", 1) < BARS[stage_ms]:
-        missed.append(f"2bw is {used['2bw']:.3f} of the ideal, not {BARS[stage_ms]}")
-    for peer in PEERS:
-        expect("2bw", peer, AHEAD_OF_1F1B.get(m, 1) if peer == "1F1B" else 1)
-    expect("flush", "1F1B", 1)
-    expect("2bw, all on", "2bw", 1 / FEATURES)
+    if stage_ms in BARS:
+        if used.get("2bw", 1) < BARS[stage_ms]:
+            missed.append(f"2bw is {used['2bw']:.3f} of the ideal, not {BARS[stage_ms]}")
+        for peer in PEERS:
+            expect("2bw", peer, AHEAD_OF_1F1B.get(m, 1) if peer == "1F1B" else 1)
+        expect("flush", "1F1B", 1)
+        expect("2bw, all on", "2bw", ALL_ON)
     return {
         "stage_ms": stage_ms,
         "m": m,
