@@ -20,8 +20,8 @@ from p2bw.modelfile.tensors import writing
 from p2bw.runtime.errors import P2BWError
 from p2bw.runtime.failure import FAILURE_FILE
 from p2bw.runtime.job import Job, Options, command
-from p2bw.runtime.prepare import prepare
-from p2bw.runtime.trace import join
+from p2bw.runtime.prepare import Prepared, prepare
+from p2bw.runtime.trace import join_parts
 
 
 def run(
@@ -31,6 +31,7 @@ def run(
     seed: int = 0,
     schedule: str | None = None,
     microbatches: int | None = None,
+    clip_norm: float | None = None,
     save: str | Path | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -55,9 +56,13 @@ def run(
         seed=seed,
         schedule=schedule,
         microbatches=microbatches,
+        clip_norm=clip_norm,
         model=Path(model) if model else None,
     )
-    ranks = prepare(job).plan.ranks  # what is wrong with the files is said before anything starts
+    prepared = prepare(job)  # what is wrong with the files is said before anything starts
+    ranks = prepared.plan.ranks
+    for line in _too_full(prepared):
+        print(line, file=sys.stderr, flush=True)
     options = Options(
         device=device or ("cuda" if torch.cuda.device_count() >= ranks else "cpu"),
         timeout_s=timeout_s,
@@ -103,13 +108,32 @@ def _start(job: Job, options: Options, ranks: int) -> dict[str, Any]:
             print(shlex.join(command(job, options, ranks)), file=sys.stderr, flush=True)
         status = _execute(command(job, replace(options, result=result), ranks), failure)
         if options.trace is not None:
-            join(options.trace, ranks)  # what the ranks of a run that failed have left
+            join_parts(options.trace, ranks)  # what the ranks of a run that failed have left
         if failure.exists():
             _raise(json.loads(failure.read_text(encoding="utf-8")))
         if status != 0 or not result.exists():
             raise P2BWError(f"torchrun ended with status {status}; what it said is above")
         summary: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return summary
+
+
+def _too_full(prepared: Prepared) -> Iterator[str]:
+    """A warning, if clipping that the plan does not know of may need more memory than there is."""
+    planned = prepared.plan.width > 1 or prepared.plan.clip_norm is not None
+    if planned or not prepared.pipeline.late:
+        return
+    plan = json.loads((prepared.job.artifact / "plan.json").read_text(encoding="utf-8"))
+    full = [
+        str(stage["index"])
+        for stage in plan["stages"]
+        if (memory := stage.get("memory"))
+        and memory["total"] + memory["gradients"] > memory["limit"]
+    ]
+    if full:
+        yield (
+            f"p2bw: the plan was made without --clip-norm, and with a second set of gradients its "
+            f"stages {', '.join(full)} may run out of memory; compile with --clip-norm"
+        )
 
 
 def _execute(line: list[str], failure: Path) -> int:

@@ -16,6 +16,8 @@ from p2bw.runtime.job import Job, Options
 from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.report import Report, write_result
+from p2bw.runtime.schedule import Action
+from p2bw.runtime.trace import Trace, align, join_parts
 from p2bw.runtime.transport import DistributedTransport
 from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Events, Start, Update, Worker
@@ -26,8 +28,15 @@ _LATE_S = 60  # gloo and NCCL give up so much later than the watchdog, which can
 class Listener(Events):
     """What a rank's worker asks and tells, passed on to the parts that know."""
 
-    def __init__(self, report: Report, stop: Stop, saver: Checkpointer | None = None) -> None:
+    def __init__(
+        self,
+        report: Report,
+        stop: Stop,
+        saver: Checkpointer | None = None,
+        trace: Trace | None = None,
+    ) -> None:
         self.report, self.stop, self.saver = report, stop, saver
+        self.trace, self.tracing = trace, trace is not None
 
     def allows(self, batch: int) -> bool:
         return self.stop.allows(batch)
@@ -41,6 +50,10 @@ class Listener(Events):
 
     def update(self, update: Update) -> None:
         self.report.update(update.batch, update.loss, update.learning_rate, update.norm)
+
+    def action(self, action: Action, start_s: float, end_s: float) -> None:
+        if self.trace is not None:
+            self.trace.action(action, start_s, end_s)
 
 
 def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Watchdog) -> None:
@@ -64,7 +77,11 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
         restarted=place.attempt > 0,
         say=report.note,
     )
-    listener = Listener(report, watchdog.stop, saver)
+    trace = None
+    if options.trace is not None:
+        zero_s = align(store, place.rank, place.world)
+        trace = Trace(options.trace, prepared.plan, prepared.pipeline, place.rank, zero_s)
+    listener = Listener(report, watchdog.stop, saver, trace)
     worker = build(prepared, place.rank, module, device, listener, start)
     if place.rank == 0:
         report.open(options, done=worker.step)
@@ -77,6 +94,10 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     if saver is not None:
         saver.save(worker.step, worker.state())
         saver.wait()
+    if options.trace is not None:
+        meet(place, store, "traced")
+        if place.rank == 0:
+            join_parts(options.trace, place.world)
     if worker.step < prepared.pipeline.batches:
         meet(place, store, "stopped")
         cure = f"--resume {saver.last}" if saver else "nothing is saved without --checkpoint"

@@ -6,20 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
+from p2bw.runtime.place import Store
 from p2bw.runtime.plan import Plan
 from p2bw.runtime.report import Lines
-from p2bw.runtime.schedule import Action, Channel, Kind
+from p2bw.runtime.schedule import Action, Kind, Pipeline
 
 _ROUNDS = 4  # in which a rank asks for the time
-
-
-class Store(Protocol):
-    """The keys and values that all ranks share."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
 
 
 class Trace:
@@ -30,9 +23,10 @@ class Trace:
     """
 
     def __init__(
-        self, path: Path, plan: Plan, channels: tuple[Channel, ...], rank: int, zero_s: float
+        self, path: Path, plan: Plan, pipeline: Pipeline, rank: int, zero_s: float
     ) -> None:
         stage, self.replica = plan.position(rank)
+        channels = pipeline.channels
         self.number = {c: i * plan.width + self.replica for i, c in enumerate(channels)}
         self.messages = plan.width * len(channels)
         self.rank, self.zero_s = rank, zero_s
@@ -68,7 +62,7 @@ class Trace:
         self.lines.add(json.dumps({"pid": self.rank} | event) + ",\n")
 
 
-def join(path: Path, ranks: int) -> None:
+def join_parts(path: Path, ranks: int) -> None:
     """Make one trace of the ranks' parts, if any are on this machine and not joined yet."""
     parts = [part for rank in range(ranks) if (part := _part(path, rank)).exists()]
     if not parts:

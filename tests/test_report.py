@@ -4,7 +4,10 @@ import json
 import sys
 import threading
 import types
+from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -13,10 +16,11 @@ from handmade import write_artifact
 from p2bw.launch import run
 from p2bw.runtime import report as report_module
 from p2bw.runtime import trace as trace_module
-from p2bw.runtime.errors import UsageError
+from p2bw.runtime.errors import P2BWError, UsageError
 from p2bw.runtime.job import Job, Options
 from p2bw.runtime.prepare import prepare
 from p2bw.runtime.report import Lines, Report
+from p2bw.runtime.schedule import Action, Kind, actions
 
 
 def make_report(folder: Path, *, say: bool = False) -> Report:
@@ -70,7 +74,7 @@ def test_an_infinite_norm_is_no_json(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "a", depth=2)
     wrong = artifact / "plan.json" / "metrics.jsonl"
-    for option in ("metrics",):
+    for option in ("metrics", "trace"):
         with pytest.raises(
             UsageError, match=f"cannot be written: .*; name another file with --{option}"
         ):
@@ -126,6 +130,85 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.M
     assert seen[0] == (str(tmp_path / "board"), 3)
     names = ("loss", "lr", "samples_per_s", "utilisation")
     assert seen[1:] == [*((name, 3) for name in names), "closed"]
+
+
+def events_of(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The events of a trace by phase: X spans, s and f the two ends of arrows, M names."""
+    found = defaultdict(list)
+    for event in json.loads(path.read_text())["traceEvents"]:
+        found[event["ph"]].append(event)
+    return found
+
+
+def test_a_trace_has_every_action_once_at_its_time(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2, width=2)
+    job = Job(artifact=artifact, steps=3, clip_norm=1.0)
+    run(artifact, steps=3, clip_norm=1.0, trace=tmp_path / "t.json", quiet=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "t.json"]
+    events = events_of(tmp_path / "t.json")
+    prepared = prepare(job)
+
+    def name(action: Action) -> str:
+        if action.channel is None:
+            return str(action).replace("w", " w")
+        sends = action.kind is Kind.SEND
+        peer = f"to {action.channel.target}" if sends else f"from {action.channel.source}"
+        return f"{action.kind}{action.index} {action.channel.flow} {action.channel.tensor} {peer}"
+
+    for rank in range(4):
+        stage, replica = prepared.plan.position(rank)
+        found = Counter(event["name"] for event in events["X"] if event["pid"] == rank)
+        expected = actions(prepared.pipeline, stage)
+        assert found == Counter(name(a) for a in expected if a.kind is not Kind.CLOSE)
+        said = {e["name"]: e["args"] for e in events["M"] if e["pid"] == rank}
+        assert said["process_name"] == {"name": f"rank {rank}: stage {stage}, replica {replica}"}
+        for track in range(2):
+            spans = [e for e in events["X"] if (e["pid"], e["tid"]) == (rank, track)]
+            spans.sort(key=lambda span: span["ts"])
+            assert spans
+            for one, following in pairwise(spans):
+                assert one["ts"] + one["dur"] <= following["ts"] + 0.001
+
+    sent = {event["id"]: event for event in events["s"]}
+    received = {event["id"]: event for event in events["f"]}
+    assert len(sent) == len(events["s"])
+    assert len(received) == len(events["f"])
+    assert sent.keys() == received.keys()
+    for number, send in sent.items():
+        assert send["ts"] < received[number]["ts"]
+        assert send["name"] == received[number]["name"]
+        there = [prepared.plan.position(end["pid"])[1] for end in (send, received[number])]
+        assert there[0] == there[1]  # the same replica
+
+
+def test_a_run_that_fails_leaves_its_trace(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    stage = artifact / "stages" / "stage_1.py"
+    stage.write_text(stage.read_text().replace("        loss = ", "        loss = missing + "))
+    with pytest.raises(P2BWError, match="'missing' is not defined"):
+        run(artifact, steps=2, trace=tmp_path / "t.json", quiet=True)
+    spans = events_of(tmp_path / "t.json")["X"]
+    assert "F0 w0" in [span["name"] for span in spans if span["pid"] == 0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "t.json"]
+
+
+def test_clipping_that_the_plan_does_not_know_of_is_warned_of(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    plan = json.loads((artifact / "plan.json").read_text())
+    for stage, total in zip(plan["stages"], (80, 91), strict=True):
+        stage["memory"] = {"total": total, "gradients": 10, "limit": 100}
+    for planned, warned in ((None, True), (1.0, False)):
+        (artifact / "plan.json").write_text(json.dumps(plan | {"clip_norm": planned}))
+        run(artifact, steps=1, clip_norm=2.0, quiet=True)
+        assert (
+            "a second set of gradients its stages 1 may run" in capfd.readouterr().err
+        ) == warned
+    line = json.loads((artifact / "metrics.jsonl").read_text())
+    assert line["grad_norm"] > 0
+    run(artifact, steps=1, quiet=True)  # the plan's
+    assert json.loads((artifact / "metrics.jsonl").read_text())["grad_norm"] == line["grad_norm"]
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 5.0, -7200.0])
