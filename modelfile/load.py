@@ -37,6 +37,7 @@ class ModelFile:
     path: Path
     factory: str
     settings: Mapping[str, Setting]
+    autocast: str | None  # a dtype: forward and loss run under torch.autocast
     module: ModuleType
     code: UserCode
     source: bytes
@@ -67,6 +68,13 @@ class ModelFile:
 
     def call(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
         """The training step of one microbatch, forward and loss: the one definition of it."""
+        if self.autocast is None:
+            return self._call(model, inputs, targets)
+        device = next((t.device.type for t in flatten_microbatch(inputs, targets)), "cpu")
+        with torch.autocast(device, dtype=getattr(torch, self.autocast)):
+            return self._call(model, inputs, targets)
+
+    def _call(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
         loss = apply(model, inputs)
         if function := self.function("loss"):
             loss = apply(function, () if targets is None else targets, loss)
@@ -223,7 +231,10 @@ def _setting(item: str, text: str) -> Setting:
 
 
 def load_model_file(
-    path: Path, factory: str = "model", settings: Mapping[str, Setting] | None = None
+    path: Path,
+    factory: str = "model",
+    settings: Mapping[str, Setting] | None = None,
+    autocast: str | None = None,
 ) -> ModelFile:
     """Run a model file under a private module name and check what it defines.
 
@@ -239,6 +250,7 @@ def load_model_file(
         path=path,
         factory=factory,
         settings=MappingProxyType(dict(settings or {})),
+        autocast=autocast,
         module=module,
         code=code,
         source=source,

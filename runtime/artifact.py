@@ -28,7 +28,8 @@ def find_model_file(artifact: Path, model: Path | None = None) -> ModelFile:
     found = [path for path in candidates if path.is_file()]
     for path in found:
         if hashlib.sha256(path.read_bytes()).hexdigest() == plan.model.sha256:
-            return load_model_file(path, plan.model.factory, plan.model.settings)
+            source = plan.model
+            return load_model_file(path, source.factory, source.settings, source.autocast)
     if model and not found:
         return load_model_file(model)  # says what is wrong with the path
     if found:

@@ -113,6 +113,7 @@ def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
         seed=job.seed,
         delay=0 if job.schedule == "flush" else 1,
         tied=whole.tied,
+        clip_norm=job.clip_norm,
     )
     return loop.train(job.steps), whole.model.state_dict()
 
