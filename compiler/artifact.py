@@ -4,12 +4,13 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from p2bw.runtime.errors import P2BWError, ResourceError, UsageError
 
 _MARK = "plan.json"  # what tells an artifact from a folder that is somebody's own
+_OF_RUNS = ("checkpoints", "metrics.jsonl")  # what the runtime keeps there: days of training
 
 
 def check_destination(out: Path) -> None:
@@ -48,7 +49,10 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
-    """Make `out` hold exactly `files` (relative name -> content), or leave it as it was."""
+    """Make `out` hold `files` (relative name -> content) and what runs left there, nothing else.
+
+    Or leave it as it was.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -60,14 +64,22 @@ def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
             if out.exists():
                 out.rename(old)
             try:
+                _move(_OF_RUNS, old, fresh)
                 fresh.rename(out)
-            except OSError:
+            except BaseException:
                 if old.exists():
+                    _move(_OF_RUNS, fresh, old)
                     old.rename(out)
                 raise
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise _cannot_write(out, error) from None
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).exists():
+            (source / name).rename(target / name)
 
 
 def _cannot_write(path: Path, error: OSError) -> P2BWError:

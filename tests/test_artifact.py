@@ -40,6 +40,31 @@ def test_a_failed_write_leaves_the_old_artifact(
     assert [p.name for p in tmp_path.iterdir()] == ["gpt"]
 
 
+def test_what_runs_have_left_outlives_another_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpt"
+    write_artifact(out, {"plan.json": "1"})
+    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (out / "checkpoints" / "step-00000001" / "manifest.json").write_text("days of training")
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    left = {name: data for name, data in _tree(out).items() if name != "plan.json"}
+    write_artifact(out, {"plan.json": "2"})
+    assert _tree(out) == {"plan.json": b"2", **left}
+
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target == out and path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_artifact(out, {"plan.json": "3"})
+    assert _tree(out) == {"plan.json": b"2", **left}
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="no artifact"):
