@@ -133,7 +133,7 @@ def compile_command(
             help="p3.16xlarge[:nodes], 8xv100-16+4xa100-40, a .toml file, or nvidia-smi's .txt."
         ),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="2bw or flush.")] = "2bw",
+    schedule: Annotated[str, typer.Option(help="2bw, flush, gpipe or stash.")] = "2bw",
     depth: Annotated[int | None, typer.Option(help="Stages.  [searched]")] = None,
     width: Annotated[int | None, typer.Option(help="Replicas of the pipeline.  [searched]")] = None,
     microbatch: Annotated[
@@ -141,6 +141,12 @@ def compile_command(
     ] = None,
     microbatches: Annotated[
         int | None, typer.Option(help="Microbatches per weight update.  [depth]")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Limit the norm of each update's gradients.", metavar="X")
+    ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(help="bf16: forward and loss run under torch.autocast.")
     ] = None,
     recompute: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
     settings: Annotated[
@@ -183,6 +189,8 @@ def compile_command(
                 width=width,
                 microbatch=microbatch,
                 microbatches=microbatches,
+                clip_norm=clip_norm,
+                autocast=autocast,
                 recompute=recompute,
                 gap=gap,
                 stop=stopping(limit, say),
@@ -229,9 +237,18 @@ def run_command(
     artifact: Artifact,
     steps: Annotated[int, typer.Option(help="Weight updates.")],
     seed: Annotated[int, typer.Option(help="Of the weights, the data and dropout.")] = 0,
-    schedule: Annotated[str | None, typer.Option(help="2bw or flush.  [the plan's]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="2bw, flush, gpipe or stash.  [the plan's]")
+    ] = None,
     microbatches: Annotated[
         int | None, typer.Option(help="Microbatches per weight update.  [the plan's]")
+    ] = None,
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Limit the norm of each update's gradients; inf: only record it.  [the plan's]",
+            metavar="X",
+        ),
     ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Write the trained weights to this folder.", metavar="DIR")
@@ -280,6 +297,7 @@ def run_command(
             seed=seed,
             schedule=schedule,
             microbatches=microbatches,
+            clip_norm=clip_norm,
             save=save,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
@@ -330,11 +348,14 @@ def show_command(
     stage: Annotated[
         int | None, typer.Option(help="Print the code of this stage.", metavar="K")
     ] = None,
+    schedule: Annotated[
+        bool, typer.Option("--schedule", help="Print what each stage does in three updates.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print the plan of an artifact, or the code of one stage."""
+    """Print the plan of an artifact, the code of one stage, or the schedule."""
     with _reporting(debug):
         from p2bw.compiler.plan import read_plan
         from p2bw.runtime.errors import UsageError
@@ -349,6 +370,18 @@ def show_command(
                 _print_json({"stage": stage, "code": code})
             else:
                 typer.echo(code, nl=False)
+        elif schedule:
+            from p2bw.runtime.plan import read_plan as read_for_run
+            from p2bw.runtime.schedule import make_pipeline, show
+
+            clipped = plan.clip_norm is not None
+            pipeline = make_pipeline(read_for_run(artifact), batches=3, clipped=clipped)
+            lines = show(pipeline).splitlines()
+            if as_json:
+                stages = [line.partition(": ")[2].split() for line in lines]
+                _print_json({"schedule": plan.schedule, "stages": stages})
+            else:
+                typer.echo("\n".join(lines))
         elif as_json:
             _print_json(plan.model_dump(mode="json", by_alias=True))
         elif not quiet:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from p2bw.compiler.placement.evaluate import StageNumbers
+from p2bw.compiler.placement.instance import in_flight
 from p2bw.compiler.placement.result import Placement
 from p2bw.compiler.plan import Memory, Schedule, Seconds, Stage, TensorSpec, TiedSpec, TransferSpec
 from p2bw.compiler.program import Program, TensorType
@@ -108,12 +109,11 @@ def _memory(
 ) -> Memory:
     """The placement's bytes, but for the stash: it adds blocks up, here shared storages are one."""
     numbers = placement.stages[graph.index]
-    in_flight = placement.depth - graph.index
-    if schedule == "flush":
-        in_flight = min(in_flight, placement.microbatches_per_update)
+    m = placement.microbatches_per_update
+    n = in_flight(schedule, graph.index, placement.depth, m)
     again = placement.recompute[graph.index]
     made, given = _kept_bytes(program, graph, again)
-    stash = in_flight * given + made if again else in_flight * (made + given)
+    stash = n * given + made if again else n * (made + given)
     parts = {
         "weights": numbers.weights,
         "gradients": numbers.gradients,

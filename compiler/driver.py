@@ -1,11 +1,12 @@
 """compile_model: from a model file to an artifact, phase by phase."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -17,12 +18,14 @@ from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.optimizer_state import optimizer_bytes
+from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import Problems, solve
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
 from p2bw.compiler.problem import PlacementProblem, interpolate
 from p2bw.compiler.program import Program, TensorType
+from p2bw.compiler.schedule import check_schedule
 from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
@@ -60,6 +63,7 @@ class _Compiler:
     topology: Topology
     schedule: Schedule
     microbatches: int | None
+    clip_norm: float | None
     say: Callable[[str], None]
     dump_folder: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -111,6 +115,7 @@ class _Compiler:
                     topology=self.topology,
                     schedule=self.schedule,
                     microbatches=self.microbatches,
+                    clip_norm=self.clip_norm,
                     optimizer=self.optimizer,
                     on={
                         kind.name: annotate_time(program, device=kind)
@@ -158,6 +163,8 @@ def compile_model(
     width: int | None = None,
     microbatch: int | None = None,
     microbatches: int | None = None,
+    clip_norm: float | None = None,
+    autocast: str | None = None,
     recompute: str = "auto",
     gap: str = DEFAULT_GAP,
     stop: Stop | None = None,
@@ -173,8 +180,9 @@ def compile_model(
     microbatch size that was chosen. Raises the errors of runtime/errors.py; nothing is written
     unless all has gone well.
     """
-    checked = _checked_schedule(schedule)
+    checked = _checked_schedule(schedule, clip_norm)
     policy = _checked_recompute(recompute)
+    casts = _checked_autocast(autocast)
     limits = Limits(gap=parse_gap(gap), stop=stop or Stop())
     for name, value in (("depth", depth), ("width", width), ("microbatch", microbatch),
                         ("microbatches", microbatches)):  # fmt: skip
@@ -188,12 +196,13 @@ def compile_model(
         check_file("--problem", Path(problem))
     begin = time.perf_counter()
     progress(f"loading {path.name}")
-    file = load_model_file(path, factory, dict(settings or {}))
+    file = load_model_file(path, factory, dict(settings or {}), casts)
     compiler = _Compiler(
         file=file,
         topology=topology,
         schedule=checked,
         microbatches=microbatches,
+        clip_norm=clip_norm,
         say=progress,
         dump_folder=Path(dump_passes) if dump_passes is not None else None,
         seconds={"load": round(time.perf_counter() - begin, 3)},
@@ -202,23 +211,34 @@ def compile_model(
     with compiler.phase("emit"):
         progress(f"writing {placement.depth} stages")
         plan, stages = _plan(compiler, placement)
-        solved = compiler.problem(placement.microbatch).to_json()
+        solved = compiler.problem(placement.microbatch)
+    with compiler.phase("check"):
+        progress("proving the schedule")
+        check_schedule(plan, make_instance(solved))
+    with compiler.phase("emit"):
         files: dict[str, str | bytes] = {
             "plan.json": plan.to_json(),
-            PROBLEM: solved,
+            PROBLEM: solved.to_json(),
             **stages,
             **_source(file),
         }
         write_artifact(out, files)
         if problem is not None:
-            write_file(Path(problem), solved)
+            write_file(Path(problem), solved.to_json())
     return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
 
 
-def _checked_schedule(schedule: str) -> Schedule:
-    known: dict[str, Schedule] = {"2bw": "2bw", "flush": "flush"}
+def _checked_schedule(schedule: str, clip_norm: float | None) -> Schedule:
+    known: dict[str, Schedule] = {name: name for name in get_args(Schedule)}
     if schedule not in known:
-        raise UsageError(f"--schedule {schedule}: the schedules are 2bw and flush")
+        raise UsageError(f"--schedule {schedule}: the schedules are {', '.join(known)}")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise UsageError(f"--clip-norm {clip_norm:g}: give a number above 0")
+    if clip_norm is not None and schedule == "stash":
+        raise UsageError(
+            "--clip-norm: under stash the stages update at different times, and there is no norm "
+            "of a whole batch's gradients; use --schedule 2bw or flush"
+        )
     return known[schedule]
 
 
@@ -227,6 +247,14 @@ def _checked_recompute(recompute: str) -> Recompute:
     if recompute not in known:
         raise UsageError(f"--recompute {recompute}: give auto, always or never")
     return known[recompute]
+
+
+def _checked_autocast(autocast: str | None) -> Literal["bfloat16"] | None:
+    if autocast not in (None, "bf16", "bfloat16"):
+        raise UsageError(
+            f"--autocast {autocast}: give bf16 (float16 would need its gradients scaled)"
+        )
+    return "bfloat16" if autocast else None
 
 
 def _default_name(path: Path, factory: str) -> str:
@@ -316,6 +344,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         width=placement.width,
         microbatch=placement.microbatch,
         microbatches_per_update=placement.microbatches_per_update,
+        clip_norm=compiler.clip_norm,
         period_s=placement.period_s,
         samples_per_s=placement.samples_per_s,
         utilisation=placement.utilisation,
@@ -339,6 +368,7 @@ def _model_source(file: ModelFile, program: Program) -> ModelSource:
         file=_relative(file.path),
         factory=file.factory,
         settings=dict(file.settings),
+        autocast=_checked_autocast(file.autocast),
         sha256=file.sha256(),
         name=program.model_name,
     )

@@ -29,6 +29,7 @@ def placement_problem(
     microbatches: int | None,
     optimizer: Mapping[TensorType, int],
     on: Mapping[str, Program],
+    clip_norm: float | None = None,
 ) -> PlacementProblem:
     """What the placement has to know of a program with times and blocks.
 
@@ -44,6 +45,7 @@ def placement_problem(
         microbatch=program.batch_size,
         schedule=schedule,
         microbatches=microbatches,
+        clip_norm=clip_norm,
         blocks=tuple(_block(program, block, stash[block.name], on) for block in program.blocks),
         parameters=tuple(_parameters(program, home, topology, optimizer)),
         tensors=(*tensors, *_summation_order(program, home, tensors)),

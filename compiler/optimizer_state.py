@@ -15,6 +15,8 @@ from p2bw.runtime.errors import ModelError, P2BWError
 def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping[TensorType, int]:
     """Bytes of optimizer state for a parameter of each type, after one step under fake tensors.
 
+    The optimizer of a bfloat16 or float16 parameter works on a master copy of it in float32, which
+    counts as state.
     One parameter of each type stands for all of that type: torch's optimizers size their state by
     the parameter's own shape and dtype. Where the optimizer goes by names, all are asked about,
     and the largest counts.
@@ -28,7 +30,12 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
     if not trainable:
         return MappingProxyType({})
     with FakeTensorMode():
-        fakes = {p: nn.Parameter(torch.empty(p.type.shape, dtype=p.type.dtype)) for p in trainable}
+        fakes = {
+            p: nn.Parameter(
+                torch.empty(p.type.shape, dtype=torch.float32 if _has_master(p) else p.type.dtype)
+            )
+            for p in trainable
+        }
         try:
             optimizer = file.optimizer((p.name, fake) for p, fake in fakes.items())
             for fake in fakes.values():
@@ -49,5 +56,9 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
                 for value in tensors
                 if isinstance(value, torch.Tensor) and value.numel() > 1
             )
-            sizes[p.type] = max(sizes[p.type], size)
+            sizes[p.type] = max(sizes[p.type], size + _has_master(p) * fake.nbytes)
     return MappingProxyType(sizes)
+
+
+def _has_master(parameter: Attribute) -> bool:
+    return parameter.type.dtype in (torch.bfloat16, torch.float16)

@@ -25,6 +25,7 @@ class ModelSource(Data):
     file: str
     factory: str
     settings: dict[str, str | int | float | bool | None]
+    autocast: Literal["bfloat16"] | None = None  # around forward and loss
     sha256: str
     name: str
 
@@ -128,6 +129,7 @@ class Plan(Data):
     width: Annotated[int, Field(ge=1)]
     microbatch: Annotated[int, Field(ge=1)]
     microbatches_per_update: Annotated[int, Field(ge=1)]
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of a whole batch's gradients
     period_s: Number  # between two microbatches leaving one pipeline, steady state
     samples_per_s: Number  # all replicas
     utilisation: Number

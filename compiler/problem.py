@@ -42,6 +42,7 @@ class ParameterCost(Data):
 
     A stage that holds it pays its weights (times the versions), gradient, optimizer state and
     one optimizer step; where several stages do, they exchange its gradient once per update.
+    Without a gradient it never changes, and a stage has it once.
     """
 
     name: str
@@ -84,6 +85,7 @@ class PlacementProblem(Data):
     microbatch: Positive
     schedule: Schedule = "2bw"
     microbatches: Positive | None = None  # per update; None: as many as there are stages
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of a whole batch's gradients
     blocks: Annotated[tuple[BlockCost, ...], Field(min_length=1)]
     parameters: tuple[ParameterCost, ...] = ()
     tensors: tuple[TensorCost, ...] = ()

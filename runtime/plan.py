@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -86,6 +87,7 @@ class Model:
     file: str
     factory: str
     settings: Mapping[str, str | int | float | bool | None]
+    autocast: str | None  # dtype of the region that the model was compiled under
     sha256: str
 
 
@@ -100,6 +102,7 @@ class Plan:
     width: int
     microbatch: int
     microbatches_per_update: int
+    clip_norm: float | None
     inputs: tuple[TensorSpec, ...]
     tied: tuple[Tied, ...]
     stages: tuple[Stage, ...]
@@ -125,15 +128,20 @@ def read_plan(artifact: Path) -> Plan:
     """The plan of an artifact folder; InputFileError names what is wrong with it."""
     path = artifact / "plan.json"
     try:
-        plan: Plan = read_value(Plan, json.loads(path.read_bytes()), "")
-        for problem in _contradictions(plan):
-            raise BadValueError(problem)
+        return plan_from(json.loads(path.read_bytes()))
     except OSError as error:
         raise InputFileError(f"{artifact} is no artifact: {error.strerror} ({path.name})") from None
     except BadValueError as error:
         raise InputFileError(f"{path}: {error}; compile the model anew") from None
     except ValueError as error:
         raise InputFileError(f"{path} is not JSON: {error}; compile the model anew") from None
+
+
+def plan_from(value: Any) -> Plan:
+    """A plan from the contents of plan.json."""
+    plan: Plan = read_value(Plan, value, "")
+    for problem in _contradictions(plan):
+        raise BadValueError(problem)
     return plan
 
 
@@ -153,10 +161,11 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         )
     if kind is torch.dtype and isinstance(value, str):
         value = getattr(torch, value, value)
-    wanted = get_origin(kind) or kind
+    wanted = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
     fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     if not fits or (wanted is int and value < 0):
-        raise BadValueError(f"{where or 'the file'} should be {wanted.__name__}, is {value!r:.40}")
+        wants = getattr(wanted, "__name__", wanted)
+        raise BadValueError(f"{where or 'the file'} should be {wants}, is {value!r:.40}")
     return value
 
 
@@ -172,6 +181,8 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield f"devices are not the ranks 0 to {plan.ranks - 1}, one each"
     if [stage.loss is not None for stage in plan.stages].count(True) != 1:
         yield "not exactly one stage returns the loss"
+    if plan.clip_norm is not None and not plan.clip_norm > 0:
+        yield f"clip_norm {plan.clip_norm} is not above 0"
     sent = {(s.index, t.peer, t.spec, t.gradient) for s in plan.stages for t in s.sends}
     received = {(t.peer, s.index, t.spec, t.gradient) for s in plan.stages for t in s.receives}
     for source, target, spec, _ in sorted(sent ^ received, key=lambda edge: edge[:2]):

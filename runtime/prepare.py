@@ -30,13 +30,13 @@ class Prepared:
 
     @property
     def clip_norm(self) -> float | None:
-        return self.job.clip_norm
+        return self.plan.clip_norm if self.job.clip_norm is None else self.job.clip_norm
 
 
 def prepare(job: Job, first: int = 0) -> Prepared:
     """Read and check all that needs no other rank; the run begins with batch `first`."""
     plan = read_plan(job.artifact)
-    clips = job.clip_norm is not None
+    clips = job.clip_norm is not None or plan.clip_norm is not None
     if job.clip_norm is not None and not job.clip_norm > 0:
         raise UsageError(f"--clip-norm {job.clip_norm:g}: the norm must be positive")
     pipeline = make_pipeline(

@@ -38,6 +38,14 @@ def best_rate(problem, policy, depths=None, widths=None):
     return best
 
 
+def of_one_stage(problem):
+    """Names of blocks that may not be in different stages."""
+    rules = problem.constraints
+    uncut = [t for t in problem.tensors if t.name in rules.never_cut]
+    shared = [p.blocks for p in problem.parameters if problem.schedule == "stash"]
+    return *rules.together, *((t.producer, *t.consumers) for t in uncut), *shared
+
+
 def assignments(problem, depth):
     """assignment x block: the stage of each block, data flowing forward, constraints kept."""
     names = [block.name for block in problem.blocks]
@@ -52,8 +60,7 @@ def assignments(problem, depth):
     rules = problem.constraints
     for name, stage in rules.pin.items():
         fine &= grid[:, number[name]] == stage
-    uncut = [t for t in problem.tensors if t.name in rules.never_cut]
-    for group in (*rules.together, *((t.producer, *t.consumers) for t in uncut)):
+    for group in of_one_stage(problem):
         for a, b in itertools.pairwise(group):
             fine &= grid[:, number[a]] == grid[:, number[b]]
     for a, b in rules.apart:
@@ -97,9 +104,7 @@ def leaders(problem):
     graph.add_nodes_from(range(len(number)))
     for tensor in problem.tensors:
         graph.add_edges_from((number[tensor.producer], number[c]) for c in tensor.consumers)
-    rules = problem.constraints
-    uncut = [t for t in problem.tensors if t.name in rules.never_cut]
-    for group in (*rules.together, *((t.producer, *t.consumers) for t in uncut)):
+    for group in of_one_stage(problem):
         ends = [number[name] for name in group]
         graph.add_edges_from(zip(ends, ends[1:] + ends[:1], strict=True))
     found = {}
@@ -180,9 +185,16 @@ class _Costs:
         flight = {"gpipe": self.m, "flush": min(self.depth - k, self.m)}.get(
             problem.schedule, self.depth - k
         )
-        versions = {"2bw": 2, "stash": flight}.get(problem.schedule, 1)
+        held = {i // self.m for i in range(self.m - 1, self.m - 1 + flight)}  # batches in flight
+        versions = {"2bw": 2, "stash": len(held)}.get(problem.schedule, 1)
+        late = problem.schedule == "2bw" and (self.width > 1 or problem.clip_norm is not None)
         total = sum(
-            self.holds[p.name][k] * (versions * p.bytes + p.gradient_bytes + p.optimizer_bytes)
+            self.holds[p.name][k]
+            * (
+                (versions if p.gradient_bytes else 1) * p.bytes
+                + (1 + late) * p.gradient_bytes
+                + p.optimizer_bytes
+            )
             for p in problem.parameters
         )
         blocks = problem.blocks

@@ -117,8 +117,10 @@ def problems(draw):
         )
         for i in range(draw(st.integers(0, 4)))
     )
+    microbatch = draw(st.integers(1, 3))
     return PlacementProblem(
-        microbatch=draw(st.integers(1, 3)),
+        microbatch=microbatch,
+        clip_norm=1.0 if microbatch == 2 else None,
         schedule=draw(st.sampled_from(["2bw", "2bw", "flush", "gpipe", "stash"])),
         microbatches=draw(st.sampled_from([None, None, 4])),
         blocks=blocks,

@@ -80,7 +80,7 @@ def problems(draw):
         ParameterCost(
             name=f"w{i}",
             bytes=draw(size),
-            gradient_bytes=draw(size),
+            gradient_bytes=draw(size | st.just(0)),
             optimizer_bytes=draw(size),
             update_s=draw(small) / 10,
             blocks=tuple(draw(st.sets(st.sampled_from(names), min_size=1, max_size=3))),
@@ -105,6 +105,7 @@ def problems(draw):
         microbatch=draw(st.integers(1, 3)),
         schedule=draw(st.sampled_from(["2bw", "2bw", "flush", "gpipe", "stash"])),
         microbatches=draw(st.sampled_from([None, None, 4])),
+        clip_norm=draw(st.sampled_from([None, None, 1.0])),
         blocks=blocks,
         tensors=tuple(tensors),
         parameters=parameters,
@@ -129,8 +130,18 @@ def best_by_brute_force(problem, policy, depths):
                 stages[c] < stages[e.producer] for e in instance.edges for c in e.consumers
             ):
                 continue
-            for again in itertools.product(choices, repeat=shape.depth):
-                found = evaluate(instance, shape, stages, again)
+            far = [
+                i
+                for i, edge in enumerate(instance.edges)
+                if max(stages[c] for c in edge.consumers) > stages[edge.producer] + 1
+            ]
+            relayed = itertools.chain.from_iterable(
+                itertools.combinations(far, count) for count in range(len(far) + 1)
+            )
+            for again, relays in itertools.product(
+                itertools.product(choices, repeat=shape.depth), relayed
+            ):
+                found = evaluate(instance, shape, stages, again, relays)
                 if found.feasible:
                     rate = shape.width * problem.microbatch / found.period_s
                     best = max(best or 0.0, rate)

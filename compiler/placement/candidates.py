@@ -145,7 +145,7 @@ def make_shapes(
     if depths and min(depths) > instance.size:
         raise InfeasibleError(
             f"{min(depths)} stages asked for, but the model has {instance.size} indivisible "
-            f"blocks; ask for at most {instance.size}"
+            f"blocks{_kept_together(problem)}; ask for at most {instance.size}"
         )
     allowed = problem.constraints.max_stages or MAX_GPUS
     if depths and min(depths) > allowed:
@@ -162,6 +162,17 @@ def make_shapes(
         if depth * width <= gpus and depth <= min(instance.size, allowed)
         for shape in _laid_out(problem, depth, width)
     ]
+
+
+def _kept_together(problem: PlacementProblem) -> str:
+    """What the user may not know: the schedule itself keeps blocks in one stage."""
+    shared = [p.name for p in problem.parameters if len(p.blocks) > 1]
+    if problem.schedule != "stash" or not shared:
+        return ""
+    return (
+        f" (stages that run on different versions can share no parameter, so under stash the "
+        f"blocks that use {shared[0]} are one; under 2bw and flush they are not)"
+    )
 
 
 def _widths(problem: PlacementProblem, depth: int) -> Iterable[int]:
@@ -208,7 +219,8 @@ def _check(
     if problem.schedule == "2bw" and m is not None and depths and max(depths) > m:
         raise UsageError(
             f"{m} microbatches per update are too few for {max(depths)} stages: PipeDream-2BW "
-            f"needs at least one per stage; ask for {max(depths)} or more"
+            f"needs at least one per stage, or a third version of the weights; use "
+            f"{max(depths)} microbatches or more, {m} stages or fewer, or the schedule flush"
         )
 
 

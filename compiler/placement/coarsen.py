@@ -136,9 +136,9 @@ def work_ps(instance: Instance) -> Numbers:
 
 def _sizes(instance: Instance) -> list[tuple[float, ...]]:
     """Each group's share of the time and of the parameters' bytes (tied ones: its first user)."""
-    weights = instance.weights.copy()
+    weights = instance.weights + instance.frozen
     for tied in instance.tied:
-        weights[tied.groups[0]] += tied.state.weights
+        weights[tied.groups[0]] += tied.state.weights + tied.state.frozen
     work = work_ps(instance)
     return [
         (int(time) / (int(work.sum()) or 1), int(size) / (int(weights.sum()) or 1))

@@ -304,8 +304,8 @@ class _Cures:
             shapes = make_shapes(model.instance, self.request.depths, self.request.widths)
         except (InfeasibleError, UsageError):
             return 0
-        depths = [shape.depth for shape in shapes]
-        needs = least_memory_by_depth((model.coarse or model).costs, max(depths))
+        depths, width = [s.depth for s in shapes], min(s.width for s in shapes)
+        needs = least_memory_by_depth((model.coarse or model).costs, max(depths), width)
         least = min(needs[depth - 1] for depth in depths)
         if not model.instance.limit < least < MAX_MEMORY:
             return 0

@@ -49,8 +49,8 @@ class StepCosts:
     uplinks: tuple[tuple[Uplink, ...], ...]  # by stage
 
     def memory(self, in_flight: int, again: bool) -> Floats:
-        steps = self.steps
-        total = self.fixed + self.instance.versions(in_flight) * steps.weights
+        steps, depth = self.steps, self.shape.depth if self.shape else None
+        total = self.fixed + self.instance.versions(in_flight, depth) * steps.weights
         if again:
             return total + steps.stash + in_flight * steps.received
         return total + in_flight * (steps.stash + steps.saved)
@@ -106,12 +106,12 @@ def step_costs(
     """The costs of all steps, exact where a placement stays below `upper` seconds."""
     out = steps.sent + steps.received_gradient
     into = steps.received + steps.sent_gradient
-    update_s = np.zeros_like(steps.update_s)
+    update_s, copies = np.zeros_like(steps.update_s), instance.gradient_copies()
     first: Numbers = np.zeros(len(out), np.int64)
     last: Numbers = np.full(len(out), instance.size)
     if shape is not None:
         m = instance.problem.microbatches_at(shape.depth)
-        update_s = steps.update_s / m
+        update_s, copies = steps.update_s / m, instance.gradient_copies(shape.width)
         shared = ring_bytes(1, shape.width, m) * steps.gradients
         shared += ring_bytes(1, 2, m) * steps.exchanged
         out, into = out + shared, into + shared
@@ -126,7 +126,8 @@ def step_costs(
         kept_s=np.maximum(compute_s + update_s, port_s),
         again_s=np.maximum(compute_s + steps.forward_s + update_s, port_s),
         traffic=np.maximum(out, into),
-        fixed=steps.gradients
+        fixed=copies * steps.gradients
+        + steps.frozen
         + steps.optimizer
         + steps.buffers
         + steps.transient
@@ -221,15 +222,19 @@ def least_by_depth(costs: StepCosts, depth: int, gaps: bool = False) -> list[flo
     return _sweep(costs.steps, depth, cost, gaps)
 
 
-def least_memory_by_depth(costs: StepCosts, depth: int) -> list[float]:
-    """A lower bound on the bytes that the fullest device of 1 .. depth stages needs."""
-    reserve = costs.instance.reserve
+def least_memory_by_depth(costs: StepCosts, depth: int, width: int = 1) -> list[float]:
+    """A lower bound on the bytes that the fullest device of 1 .. depth stages needs.
+
+    `costs` are those of no particular shape, and `width` the fewest replicas.
+    """
+    more = costs.instance.gradient_copies(width) - costs.instance.gradient_copies()
+    extra = costs.instance.reserve + more * costs.steps.gradients
 
     def cost(left: int) -> Floats:
         in_flight = costs.instance.in_flight(0, left)
         if costs.recompute != "auto":
-            return reserve + costs.memory(in_flight, costs.recompute == "always")
-        return reserve + np.minimum(costs.memory(in_flight, False), costs.memory(in_flight, True))
+            return extra + costs.memory(in_flight, costs.recompute == "always")
+        return extra + np.minimum(costs.memory(in_flight, False), costs.memory(in_flight, True))
 
     return _sweep(costs.steps, depth, cost)
 

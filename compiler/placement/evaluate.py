@@ -276,9 +276,12 @@ def _stage(
         backward_s=backward_ps / PS,
         recompute_s=forward_ps / PS if recompute else 0.0,
         update_s=update_ps / PS / m,
-        weights=instance.versions(in_flight)
-        * (total(instance.weights) + sum(state.weights for state in states)),
-        gradients=total(instance.gradients) + sum(state.gradients for state in states),
+        weights=instance.versions(in_flight, shape.depth)
+        * (total(instance.weights) + sum(state.weights for state in states))
+        + total(instance.frozen)
+        + sum(state.frozen for state in states),
+        gradients=instance.gradient_copies(shape.width)
+        * (total(instance.gradients) + sum(state.gradients for state in states)),
         optimizer=total(instance.optimizer) + sum(state.optimizer for state in states),
         stash=in_flight * inputs + stash if recompute else in_flight * (stash + saved),
         buffers=total(instance.buffers) + buffers,

@@ -61,7 +61,7 @@ class Oracle:
         limits = replace(self._limits, deterministic_s=max(0.0, min(self._left, ONE_S)))
         widths = request.widths
         if widths is None and request.problem.topology.uniform:
-            widths = (1,)  # what fits does not depend on the number of replicas, nor on the layout
+            widths = (1,)  # one replica needs the least memory, and the layout decides nothing
         try:
             models = self.models(request)
             search = search_models(models, request.depths, widths, limits)

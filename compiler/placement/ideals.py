@@ -150,6 +150,7 @@ class Steps:
     backward_s: Floats
     update_s: Floats
     weights: Floats
+    frozen: Floats
     gradients: Floats
     optimizer: Floats
     stash: Floats
@@ -193,7 +194,7 @@ def make_steps(instance: Instance, family: Family, longest_s: float = np.inf) ->
 
     states = {
         field: added(getattr(instance, field))
-        for field in ("weights", "gradients", "optimizer", "update_ps")
+        for field in ("weights", "frozen", "gradients", "optimizer", "update_ps")
     }
     exchanged = np.zeros(len(source))
     for tied in instance.tied:
@@ -212,6 +213,7 @@ def make_steps(instance: Instance, family: Family, longest_s: float = np.inf) ->
         backward_s=added(instance.backward_ps) / 1e12,
         update_s=states["update_ps"] / 1e12,
         weights=states["weights"],
+        frozen=states["frozen"],
         gradients=states["gradients"],
         optimizer=states["optimizer"],
         stash=added(instance.stash),
@@ -232,7 +234,7 @@ def _can_be(
 ) -> Flags:
     """Which steps take no longer on some kind of device, and fit into one, by what just adds up."""
     time = members @ (instance.forward_ps + instance.backward_ps).min(axis=0)
-    state = instance.versions(1) * instance.weights + instance.gradients + instance.optimizer
+    state = instance.held(instance.versions(1), instance.gradient_copies())
     size = members @ (state + instance.buffers + instance.stash)
     room = max(map(instance.room, range(len(instance.forward_ps))))
     found: Flags = time[target] - time[source] <= longest_s * PS * (1 + 1e-9)

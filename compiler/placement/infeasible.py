@@ -13,20 +13,21 @@ def why_infeasible(models: Sequence[Model], shapes: Sequence[Shape]) -> str:
     """The limit that binds, for the smallest microbatch in the deepest pipeline."""
     model = models[0]
     depth = max(shape.depth for shape in shapes)
+    width = min(shape.width for shape in shapes)
     instance = model.instance
     device = instance.roomiest
     offer = f"{device.name} offers {units.data(device.usable_bytes)}"
-    group, alone = _largest_group(instance, depth)
-    needs = least_memory_by_depth((model.coarse or model).costs, depth)
+    group, alone = _largest_group(instance, depth, width)
+    needs = least_memory_by_depth((model.coarse or model).costs, depth, width)
     fullest = min(needs[shape.depth - 1] for shape in shapes)
     least = "at least" if model.family.complete and model.coarse is None else "about"
-    at = f"at microbatch {instance.problem.microbatch}"
+    at, kept = f"at microbatch {instance.problem.microbatch}", _kept(instance, width)
     if alone > device.usable_bytes:
-        fact = f"block {instance.name(group)} needs {units.data(alone)} {at} with {_kept(instance)}"
+        fact = f"block {instance.name(group)} needs {units.data(alone)} {at} with {kept}"
     elif fullest > instance.limit:
         fact = (
             f"cut into {_span(shapes)}, the fullest device needs {least} "
-            f"{units.data(fullest - instance.reserve)} {at} with {_kept(instance)}"
+            f"{units.data(fullest - instance.reserve)} {at} with {kept}"
         )
     else:
         constraints = "the constraints (pin, together, apart, never_cut) and "
@@ -38,10 +39,11 @@ def why_infeasible(models: Sequence[Model], shapes: Sequence[Shape]) -> str:
     return f"no plan fits: {fact}; {offer}"
 
 
-def _kept(instance: Instance) -> str:
-    versions = instance.versions(1)
+def _kept(instance: Instance, width: int) -> str:
+    versions, copies = instance.versions(1), instance.gradient_copies(width)
     weights = "weights" if versions == 1 else f"{versions} weight versions"
-    return f"{weights}, gradients and optimizer state"
+    gradients = "gradients" if copies == 1 else f"{copies} sets of gradients"
+    return f"{weights}, {gradients} and optimizer state"
 
 
 def _span(shapes: Sequence[Shape]) -> str:
@@ -50,15 +52,12 @@ def _span(shapes: Sequence[Shape]) -> str:
     return f"{span} stage{'s' if depths[-1] > 1 else ''}"
 
 
-def _largest_group(instance: Instance, depth: int) -> tuple[int, int]:
+def _largest_group(instance: Instance, depth: int, width: int) -> tuple[int, int]:
     """The group that needs most memory alone on the last device, and how much."""
     in_flight = instance.in_flight(depth - 1, depth)
-    versions = instance.versions(in_flight)
-    total = versions * instance.weights + instance.gradients + instance.optimizer
-    total = total + instance.buffers + instance.transient + instance.stash
+    versions, copies = instance.versions(in_flight, depth), instance.gradient_copies(width)
+    total = instance.held(versions, copies) + instance.buffers + instance.transient + instance.stash
     for tied in instance.tied:
-        state = tied.state
-        for group in tied.groups:
-            total[group] += versions * state.weights + state.gradients + state.optimizer
+        total[list(tied.groups)] += tied.state.bytes(versions, copies)
     group = int(total.argmax())
     return group, int(total[group])

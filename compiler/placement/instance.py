@@ -12,6 +12,7 @@ import numpy as np
 
 from p2bw.compiler.devices import Device
 from p2bw.compiler.links import Network
+from p2bw.compiler.plan import Schedule
 from p2bw.compiler.problem import ParameterCost, PlacementProblem, TensorCost
 from p2bw.runtime.errors import InfeasibleError
 
@@ -24,10 +25,15 @@ Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 class State:
     """What holding parameters costs a stage."""
 
-    weights: int
-    gradients: int
+    weights: int  # one version
+    frozen: int  # weights that never change
+    gradients: int  # one set
     optimizer: int
     update_ps: tuple[int, ...]  # by kind of device
+
+    def bytes(self, versions: int, gradients: int) -> int:
+        """With so many versions of the weights and sets of gradients."""
+        return versions * self.weights + self.frozen + gradients * self.gradients + self.optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class Instance:
     transient: Numbers
     buffers: Numbers
     weights: Numbers  # weights .. update_ps: of the parameters that no other group uses
+    frozen: Numbers
     gradients: Numbers
     optimizer: Numbers
     update_ps: Numbers  # kind x group
@@ -109,24 +116,31 @@ class Instance:
 
     def in_flight(self, stage: int, depth: int) -> int:
         """Microbatches between their forward and their backward at a stage (DESIGN, costs)."""
-        m = self.problem.microbatches_at(depth)
-        match self.problem.schedule:
-            case "gpipe":
-                return m
-            case "flush":
-                return min(depth - stage, m)
-            case _:
-                return depth - stage
+        return in_flight(self.problem.schedule, stage, depth, self.problem.microbatches_at(depth))
 
-    def versions(self, in_flight: int) -> int:
-        """Weight versions that a stage keeps."""
+    def versions(self, in_flight: int, depth: int | None = None) -> int:
+        """Weight versions that a stage keeps; the fewest that it could be, if no depth is given."""
         match self.problem.schedule:
             case "2bw":
                 return 2
-            case "stash":
-                return in_flight
+            case "stash":  # those of the microbatches in flight, m of which have the same
+                m = self.problem.microbatches_at(depth or in_flight + self.size)
+                return -(-(in_flight - 1) // m) + 1
             case _:
                 return 1
+
+    def gradient_copies(self, width: int = 1) -> int:
+        """Sets of gradients that a stage keeps.
+
+        2bw makes a version while the next batch runs, if it has to wait for what other ranks add
+        to the gradients or to their norm.
+        """
+        late = width > 1 or self.problem.clip_norm is not None
+        return 2 if self.problem.schedule == "2bw" and late else 1
+
+    def held(self, versions: int, gradients: int) -> Numbers:
+        """Bytes of each group's own parameters, as `State.bytes` counts them."""
+        return versions * self.weights + self.frozen + gradients * self.gradients + self.optimizer
 
     def bubble(self, depth: int) -> float:
         """Mean time per microbatch over the busiest stage's: the price of a flush per update."""
@@ -143,6 +157,17 @@ class Instance:
             for block in members
         }
         return {block.name: found[i] for i, block in enumerate(self.problem.blocks)}
+
+
+def in_flight(schedule: Schedule, stage: int, depth: int, microbatches: int) -> int:
+    """Microbatches between their forward and their backward at a stage."""
+    match schedule:
+        case "gpipe":
+            return microbatches
+        case "flush":
+            return min(depth - stage, microbatches)
+        case _:
+            return depth - stage
 
 
 def make_instance(problem: PlacementProblem, together: Iterable[Sequence[int]] = ()) -> Instance:
@@ -192,8 +217,9 @@ def make_instance(problem: PlacementProblem, together: Iterable[Sequence[int]] =
         buffers=total([block.buffer_bytes for block in problem.blocks]),
         transient=transient,
         weights=own[0],
-        gradients=own[1],
-        optimizer=own[2],
+        frozen=own[1],
+        gradients=own[2],
+        optimizer=own[3],
         update_ps=update_ps,
         tied=tied,
         edges=inner,
@@ -211,6 +237,8 @@ def _together(problem: PlacementProblem, number: dict[str, int]) -> list[list[in
         for tensor in problem.tensors
         if tensor.name in uncut
     ]
+    if problem.schedule == "stash":  # stages on different versions can share no parameter
+        sets += [[number[name] for name in parameter.blocks] for parameter in problem.parameters]
     return [found for found in sets if len(set(found)) > 1]
 
 
@@ -273,13 +301,15 @@ def _parameters(
     group_of: list[int],
     kinds: list[str],
 ) -> tuple[Numbers, Numbers, tuple[Tied, ...]]:
-    """Rows weights, gradients, optimizer of each group's own; updates by kind; the tied ones."""
-    own = np.zeros((3 + len(kinds), max(group_of) + 1), np.int64)
+    """Rows weights to optimizer of each group's own; updates by kind; the tied ones."""
+    own = np.zeros((4 + len(kinds), max(group_of) + 1), np.int64)
     tied: dict[tuple[int, ...], list[int]] = {}
     for parameter in parameters:
         users = tuple(sorted({group_of[number[name]] for name in parameter.blocks}))
+        trained = parameter.gradient_bytes > 0
         costs = [
-            parameter.bytes,
+            parameter.bytes if trained else 0,
+            0 if trained else parameter.bytes,
             parameter.gradient_bytes,
             parameter.optimizer_bytes,
             *(round(parameter.on.get(kind, parameter.update_s) * PS) for kind in kinds),
@@ -290,10 +320,10 @@ def _parameters(
             known = tied.setdefault(users, [0] * len(costs))
             tied[users] = [a + b for a, b in zip(known, costs, strict=True)]
     states = tuple(
-        Tied(users, State(costs[0], costs[1], costs[2], tuple(costs[3:])))
-        for users, costs in sorted(tied.items())
+        Tied(users, State(weights, frozen, gradients, optimizer, tuple(update_ps)))
+        for users, (weights, frozen, gradients, optimizer, *update_ps) in sorted(tied.items())
     )
-    return own[:3], own[3:], states
+    return own[:4], own[4:], states
 
 
 def _edges(

@@ -312,14 +312,12 @@ class Model:
         room = min(map(instance.room, self.shape.kinds(instance, k)))
         unit = max(1, room // RESOLUTION)
         in_flight = instance.in_flight(k, self.shape.depth)
-        versions = instance.versions(in_flight)
+        versions = instance.versions(in_flight, self.shape.depth)
+        copies = instance.gradient_copies(self.shape.width)
         fixed = Sum()
-        state = versions * instance.weights + instance.gradients + instance.optimizer
-        self._add(fixed, (state + instance.buffers) // unit, k)
+        self._add(fixed, (instance.held(versions, copies) + instance.buffers) // unit, k)
         for tied, z in zip(instance.tied, self.z, strict=True):
-            held = tied.state
-            size = versions * held.weights + held.gradients + held.optimizer
-            fixed.add(z[k], size // unit)
+            fixed.add(z[k], tied.state.bytes(versions, copies) // unit)
         largest = self.model.new_int_var(0, int(instance.transient.max()) // unit, "")
         fixed.add(largest)
         for v, size in enumerate((instance.transient // unit).tolist()):

@@ -77,6 +77,7 @@ def without(instance: Instance, left_out: list[int]) -> Instance:
         transient=some(instance.transient),
         buffers=some(instance.buffers),
         weights=some(instance.weights),
+        frozen=some(instance.frozen),
         gradients=some(instance.gradients),
         optimizer=some(instance.optimizer),
         update_ps=some(instance.update_ps),

@@ -1,0 +1,21 @@
+"""A plan's schedule, proven as the runtime will perform it."""
+
+from p2bw.compiler.placement.instance import Instance
+from p2bw.compiler.plan import Plan
+from p2bw.runtime.check import check
+from p2bw.runtime.plan import plan_from
+from p2bw.runtime.schedule import make_pipeline
+
+
+def check_schedule(plan: Plan, instance: Instance) -> None:
+    """Prove the schedule, and that no stage holds more than its memory was planned for."""
+    run = plan_from(plan.model_dump(mode="json", by_alias=True))
+    proof = check(make_pipeline(run, batches=4, clipped=plan.clip_norm is not None))
+    copies = instance.gradient_copies(plan.width)
+    for k in range(plan.depth):
+        in_flight = instance.in_flight(k, plan.depth)
+        versions = instance.versions(in_flight, plan.depth)
+        stash = proof.stash[k]
+        assert stash == in_flight, f"stage {k}: {stash} microbatches in flight, planned {in_flight}"
+        assert proof.versions[k] <= versions, f"stage {k}: {proof.versions[k]} versions"
+        assert proof.gradients[k] <= copies, f"stage {k}: {proof.gradients[k]} sets of gradients"
