@@ -24,7 +24,7 @@ from torch.distributed.pipelining import (
 )
 
 from p2bw.runtime.job import Job, Options
-from p2bw.runtime.prepare import prepare
+from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import build
 from p2bw.runtime.report import Report
 from p2bw.runtime.worker import Events, Update
@@ -114,7 +114,8 @@ class Bench:
         prepared = prepare(job)
         report = Report(prepared, say=False)
         times = _Times(report)
-        worker = build(prepared, self.rank, CPU, times)
+        module = initial_stage(prepared, self.rank, CPU)
+        worker = build(prepared, self.rank, module, CPU, times)
         if all_on and self.rank == 0:
             report.open(Options(), done=0)
         dist.barrier()
