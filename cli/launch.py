@@ -90,7 +90,8 @@ def _saved(out: Path, options: Options, artifact: Path) -> Iterator[Options]:
     if options.checkpoint is None and options.checkpoint_every is None:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            folder = scratch = Path(tempfile.mkdtemp(prefix=".trained-", dir=out))
+            if options.resume != "last":
+                folder = scratch = Path(tempfile.mkdtemp(prefix=".trained-", dir=out))
         options = replace(options, checkpoint=folder)
     try:
         yield options

@@ -305,7 +305,7 @@ def find_start(
             continue
         if damages:
             say(f"{'; '.join(damages)}; an earlier checkpoint is used")
-        say(f"going on from {path}, after step {start.step}")
+        say(f"going on from {path}, after step {start.step}{_begins(start, prepared, rank)}")
         _thaw(start, module)
         return start, path
     raise MismatchError(f"there is no whole checkpoint: {'; '.join(damages)}")
@@ -366,6 +366,13 @@ def _differences(manifest: Manifest, plan: Plan, seed: int) -> str:
             f"no whole number of {plan.microbatch}; compile with --microbatch {manifest.microbatch}"
         )
     return ""
+
+
+def _begins(start: Start, prepared: Prepared, rank: int) -> str:
+    """What is to be said of a checkpoint of a schedule with fewer versions of the weights."""
+    copies = prepared.pipeline.copies(prepared.plan.position(rank)[0])
+    known = any(key.startswith("previous/") for key in start.state.tensors)
+    return "" if copies == 1 or known else "; it has one version of the weights, used as all"
 
 
 def _thaw(start: Start, module: nn.Module) -> None:
