@@ -117,8 +117,11 @@ class Watchdog:
         self.heard: dict[int, tuple[int, int]] = {}  # polls of a rank, and ours when we heard it
         self.closed = threading.Event()
         self.signals = _catch_signals()
-        for target in (self._watch, self._listen):
-            threading.Thread(target=target, daemon=True).start()
+        self.threads = [
+            threading.Thread(target=target, daemon=True) for target in (self._watch, self._listen)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def begin(self, plan: Plan, worker: Watched, first: int) -> None:
         """Watch a worker too, whose first batch is `first`."""
@@ -126,7 +129,10 @@ class Watchdog:
         self.plan, self.worker = plan, worker
 
     def close(self) -> None:
+        """End the threads: one that the interpreter's end finds inside the store aborts."""
         self.closed.set()
+        for thread in self.threads:
+            thread.join(timeout=_SILENT * _POLL_S)
 
     def stopped(self, said: str) -> StoppedError:
         """The error that ends a run which was asked to stop."""
