@@ -5,8 +5,9 @@ Small tensors are computed for real while the model is built, so that code such 
 values; what a model registers as a parameter loses its memory at once.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.modelfile.conversion import converting_fakes
 from p2bw.modelfile.load import ModelFile
+from p2bw.modelfile.record import Recording, written
+from p2bw.modelfile.truncated import truncated_normal_as_one_operator
 from p2bw.runtime.errors import ModelError
 
 REAL_BYTES = 4 << 30  # a model that needs its values is built for real up to this size
@@ -45,12 +48,37 @@ def build(file: ModelFile, mode: FakeTensorMode) -> nn.Module:
     A constructor that needs the values of large tensors is run for real if the model is small.
     """
     try:
-        with converting_fakes() as settle, _registering_fakes(mode), _SmallTensorsReal(mode):
-            model = file.model()
-        settle(model)
+        model = _build(file, mode)
     except ModelError as problem:
         return build_real(file, mode, problem)
     return _fakeify(model, mode)
+
+
+def build_recorded(file: ModelFile, seed: int) -> tuple[nn.Module, Recording]:
+    """The user's model with its large tensors fake, and how to compute the values of each."""
+    recording = Recording(seed)
+    model = _build(file, FakeTensorMode(allow_non_fake_inputs=True), recording)
+    named = model.named_parameters(remove_duplicate=False)
+    recording.name((*named, *model.named_buffers(remove_duplicate=False)))
+    return model, recording
+
+
+def _build(file: ModelFile, mode: FakeTensorMode, recording: Recording | None = None) -> nn.Module:
+    # A copied tensor takes along what it refers to; a second mode would own the first one's memory.
+    mode.__deepcopy__ = lambda memo: mode  # type: ignore[attr-defined]
+    with (
+        warnings.catch_warnings(),
+        converting_fakes() as settle,
+        truncated_normal_as_one_operator(),
+        _registering_fakes(mode, recording),
+        _SmallTensorsReal(mode),
+        recording or nullcontext(),
+    ):
+        # copy.deepcopy asks for it, to find out that there is none.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        model = file.model()
+    settle(model)
+    return model
 
 
 def build_real(file: ModelFile, mode: FakeTensorMode, problem: ModelError) -> nn.Module:
@@ -113,12 +141,8 @@ def _limit(func: Any) -> int:
 
 
 def _writes_known(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            if any(not isinstance(t, FakeTensor) for t in _tensors(value)):
-                return True
-    return False
+    changed = _tensors(list(written(func, args, kwargs)))
+    return any(not isinstance(tensor, FakeTensor) for tensor in changed)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -132,14 +156,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _registering_fakes(mode: FakeTensorMode) -> Iterator[None]:
+def _registering_fakes(mode: FakeTensorMode, recording: Recording | None) -> Iterator[None]:
     """Free the memory of parameters and large buffers as soon as a module registers them."""
 
-    def parameter(module: nn.Module, name: str, value: nn.Parameter) -> Any:
-        return _fake(value, mode)
+    def parameter(module: nn.Module, name: str, value: Tensor) -> Any:
+        made = _fake(value, mode)
+        if recording is not None and made is not value:
+            recording.replaced(value, by=made)
+        return made
 
     def buffer(module: nn.Module, name: str, value: Tensor) -> Any:
-        return _fake(value, mode) if value.numel() > _EMPTY else value
+        return parameter(module, name, value) if value.numel() > _EMPTY else value
 
     with _hooks(parameter, buffer):
         yield

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.runtime.errors import InputFileError, MismatchError, ModelError
@@ -57,7 +58,8 @@ def load_stage(artifact: Path, index: int) -> nn.Module:
     sys.modules[name] = module
     try:
         loader.exec_module(module)
-        with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+        # What is drawn is thrown away.
+        with torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
             stage = module.Stage()
     except FileNotFoundError:
         raise InputFileError(f"{artifact} has no stages/{path.name}; compile it anew") from None
@@ -81,42 +83,22 @@ class _Source(importlib.abc.SourceLoader):
         return self.path.read_bytes()
 
 
+class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves out the drawing of initial parameters, which is slow, and for nothing here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawing = func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+        if drawing and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _place(path: Path, error: Exception) -> str:
     """stages/stage_1.py:52, the line of the stage file that an error came from."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
     return f"stages/{path.name}:{lines[-1]}" if lines else f"stages/{path.name}"
-
-
-def copy_state(model: nn.Module, stage: nn.Module) -> None:
-    """Give a stage the whole model's parameters and buffers, by their qualified names.
-
-    A constant that the stage code makes itself is no attribute of the model and stays as it is.
-    """
-    parameters = {name for name, _ in stage.named_parameters()}
-    with torch.no_grad():
-        for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
-            value = lookup(model, name)
-            if value is None:
-                if name in parameters:
-                    raise MismatchError(f"the stage has {name!r}, which the model has not")
-                continue
-            if value.shape != tensor.shape or value.dtype != tensor.dtype:
-                raise MismatchError(
-                    f"{name!r} is {value.dtype} {list(value.shape)} in the model, "
-                    f"{tensor.dtype} {list(tensor.shape)} in the stage"
-                )
-            tensor.copy_(value)
-            tensor.requires_grad_(value.requires_grad)
-
-
-def lookup(model: nn.Module, name: str) -> Tensor | None:
-    """The tensor of a model at a qualified name, registered or a plain attribute."""
-    owner: Any = model
-    for part in name.split("."):
-        owner = getattr(owner, part, None)
-    return owner if isinstance(owner, Tensor) else None
 
 
 def digests(artifact: Path, plan: Plan) -> dict[str, str]:

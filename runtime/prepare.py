@@ -1,21 +1,22 @@
 """What a rank does before it meets the others: read, check and build."""
 
-import random
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from p2bw.modelfile.initial import parameter_order
+from p2bw.modelfile.initial import fill_stage, parameter_order
 from p2bw.modelfile.load import ModelFile
-from p2bw.runtime.artifact import copy_state, find_model_file, load_stage
+from p2bw.runtime.artifact import find_model_file, load_stage
 from p2bw.runtime.check import check
 from p2bw.runtime.errors import UsageError
 from p2bw.runtime.job import Job
 from p2bw.runtime.plan import Plan, TensorSpec, read_plan
 from p2bw.runtime.schedule import Channel, Flow, Pipeline, make_pipeline
+
+Turn = Callable[[nn.Module], AbstractContextManager[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +61,18 @@ def _places(plan: Plan, file: ModelFile) -> dict[str, int]:
     return places
 
 
-def initial_stage(prepared: Prepared, stage: int, device: torch.device) -> nn.Module:
-    """A stage with the weights that the user's own code gives under the seed."""
-    seed = prepared.job.seed
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):  # where the model's code may draw its weights from
-        numpy.random.seed(seed % 2**32)
-    model = prepared.file.model()
-    module = load_stage(prepared.job.artifact, stage)
-    copy_state(model, module)
+def initial_stage(
+    prepared: Prepared,
+    stage: int,
+    device: torch.device,
+    turn: Turn | None = None,
+    say: bool = False,
+) -> nn.Module:
+    """A stage with its first weights; `turn` waits until it may make them, and says how."""
+    job = prepared.job
+    module = load_stage(job.artifact, stage)
+    with turn(module) if turn else nullcontext(job.init) as init:
+        fill_stage(prepared.file, module, seed=job.seed, init=init, weights=job.weights, say=say)
     return module.to(device)
 
 

@@ -3,11 +3,13 @@
 import json
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from p2bw.modelfile.turns import taking_turns
 from p2bw.runtime.artifact import digests
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.errors import MismatchError, PeerError, UsageError
@@ -71,7 +73,12 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     device = choose_device(options.device, place)
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
-    module = initial_stage(prepared, prepared.plan.position(place.rank)[0], device)
+    turn = None  # whoever reads its part of a file waits for nobody
+    if job.weights is None:
+        width = prepared.plan.width
+        turn = partial(taking_turns, store, place, job.init, job.seed, width, report.say)
+    stage, _ = prepared.plan.position(place.rank)
+    module = initial_stage(prepared, stage, device, turn, report.say)
     prepared, start, saver = begin(
         *(prepared, options, place.rank, module, store),
         restarted=place.attempt > 0,
@@ -164,7 +171,10 @@ def compare_ranks(prepared: Prepared, place: Place, store: Store) -> None:
     job = asdict(prepared.job)
     own = digests(prepared.job.artifact, prepared.plan) | {
         "torch": torch.__version__,
-        **{f"--{key}": str(job[key]) for key in ("steps", "seed", "schedule", "microbatches")},
+        **{
+            f"--{key}": str(job[key])
+            for key in ("steps", "seed", "schedule", "microbatches", "init", "weights")
+        },
     }
     store.set(f"digests/{place.rank}", json.dumps(own))
     if place.rank == 0:

@@ -15,10 +15,10 @@ from p2bw.compiler.program import Program
 from p2bw.compiler.split import StageGraph, split
 from p2bw.compiler.trace import trace
 from p2bw.compiler.verify import _SeededRandom
+from p2bw.modelfile.initial import copy_state
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.passes.annotate_autograd import annotate_autograd
 from p2bw.passes.group_blocks import group_blocks
-from p2bw.runtime.artifact import copy_state
 
 
 def program_of(path: Path, factory: str = "tiny", batch: int = 2) -> tuple[ModelFile, Program]:
