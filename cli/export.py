@@ -16,14 +16,20 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from p2bw.modelfile.build import build
-from p2bw.modelfile.checkpoint import MANIFEST, Checkpoint, DamageError, commits, open_checkpoint
+from p2bw.modelfile.checkpoint import (
+    KINDS,
+    MANIFEST,
+    Checkpoint,
+    DamageError,
+    commits,
+    open_checkpoint,
+)
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.modelfile.microbatch import seeded
 from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, writing
 from p2bw.runtime.errors import MismatchError, UsageError
 from p2bw.runtime.plan import describe
 
-KINDS = ("weights", "frozen", "buffers")  # of state that the model's state_dict has too
 INDEX = "model.safetensors.index.json"
 
 

@@ -11,6 +11,7 @@ All of it is data from a file, and is checked as such; none of it is ever run.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from p2bw.runtime.errors import MismatchError
-from p2bw.runtime.plan import BadValueError, Model, read_value
+from p2bw.runtime.plan import BadValueError, Model, Plan, describe, read_value
 from p2bw.runtime.weights import StageState
 
 SCHEMA = 1
+KINDS = ("weights", "frozen", "buffers")  # of state that is the model's own
 MANIFEST, MARK = "manifest.json", "COMMITTED"
 _BLOCK = 1 << 22  # bytes read at a time
 _FILE = re.compile(r"stage-\d+(-replica-\d+)?\.safetensors")
@@ -62,6 +65,35 @@ class Manifest:
     model: Model
     tied: tuple[tuple[str, ...], ...]
     files: tuple[File, ...]
+
+    def items_of(self, microbatch: int) -> int:
+        """The items of data used up, in microbatches of another size."""
+        return self.items * self.microbatch // microbatch
+
+    def differs(self, plan: Plan, seed: int) -> str:
+        """Why a run of a plan cannot go on from here."""
+        was, now = self.model, plan.model
+        if was.sha256 != now.sha256:
+            return (
+                f"is of another model file (SHA-256 {was.sha256[:12]}..., the plan's "
+                f"{now.sha256[:12]}...); p2bw export and --weights take over its weights alone"
+            )
+        if (was.factory, was.settings) != (now.factory, now.settings):
+            theirs = {"factory": was.factory, **was.settings}.items()
+            ours = {"factory": now.factory, **now.settings}.items()
+            return f"is of {_listed(theirs - ours)}; the plan is of {_listed(ours - theirs)}"
+        if self.seed != seed:
+            return f"is of a run with --seed {self.seed}, from which its data follow; give that"
+        if self.items * self.microbatch % plan.microbatch:
+            return (
+                f"has used up {self.items} microbatches of {self.microbatch} samples, no whole "
+                f"number of {plan.microbatch}; compile with --microbatch {self.microbatch}"
+            )
+        return ""
+
+
+def _listed(settings: Iterable[tuple[str, object]]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings)) or "no such settings"
 
 
 def commits(folder: Path) -> list[Path]:
@@ -103,6 +135,31 @@ class Checkpoint:
             if known := next((found[name] for name in names if name in found), None):
                 found |= dict.fromkeys(names, known)
         return found
+
+    def read_stage(self, module: nn.Module, plan: Plan, replica: int, seed: int) -> StageState:
+        """What a stage needs to go on, which is not changed; it must be of the same model and data.
+
+        A buffer outside the module's state_dict may be missing: it may be a constant of the stage's
+        code, which is not taken over to another size of microbatch as it can depend on it.
+        """
+        if wrong := self.manifest.differs(plan, seed):
+            raise MismatchError(f"{self.folder} {wrong}")
+        sources = self.sources((tied.names for tied in plan.tied), replica)
+        kept = module.state_dict(keep_vars=True).keys()
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
+        if missing := sorted(name for name in tensors if name in kept and name not in sources):
+            raise MismatchError(f"{self.folder} lacks {', '.join(missing[:9])} of the model")
+        if self.manifest.microbatch != plan.microbatch:
+            tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
+        state = self.read({name: sources[name] for name in tensors if name in sources})
+        for kind, name in itertools.product(KINDS, tensors):
+            found, want = state.tensors.get(f"{kind}/{name}"), tensors[name]
+            if found is not None and (found.shape, found.dtype) != (want.shape, want.dtype):
+                raise MismatchError(
+                    f"{self.folder} has {name} as {describe(tuple(found.shape), found.dtype)}, "
+                    f"the model as {describe(tuple(want.shape), want.dtype)}"
+                )
+        return state
 
     def read(self, sources: Mapping[str, Source]) -> StageState:
         """The state of some names, once the files that it is in have the right sums."""

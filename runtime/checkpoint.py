@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from p2bw.modelfile.checkpoint import (
     MANIFEST,
     MARK,
     SCHEMA,
-    Checkpoint,
     DamageError,
     File,
     Manifest,
@@ -34,7 +33,6 @@ from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, wri
 from p2bw.runtime.errors import MismatchError, UsageError
 from p2bw.runtime.job import Options
 from p2bw.runtime.place import Store
-from p2bw.runtime.plan import Plan, describe
 from p2bw.runtime.prepare import Prepared
 from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Start
@@ -47,19 +45,17 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path,
         prepared: Prepared,
+        options: Options,
         rank: int,
         module: nn.Module,
         store: Store,
         start: Start | None = None,
-        *,
-        resumed: Path | None = None,  # the checkpoint of that start
-        every: int | None = None,
-        keep: int = 2,
+        path: Path | None = None,  # the checkpoint of that start
         say: Callable[[str], None] = print,
     ) -> None:
-        if keep < 1 or (every is not None and every < 1):
+        self.every, self.keep = options.checkpoint_every, options.keep
+        if self.keep < 1 or (self.every is not None and self.every < 1):
             raise UsageError("--keep and --checkpoint-every are at least 1")
         plan, pipeline = prepared.plan, prepared.pipeline
         self.manifest = Manifest(  # of the start
@@ -76,19 +72,19 @@ class Checkpointer:
             tied=tuple(tied.names for tied in plan.tied),
             files=(),
         )
-        self.folder, self.rank, self.ranks, self.store = folder, rank, plan.ranks, store
+        self.folder = _folder(prepared, options)
+        self.rank, self.ranks, self.store = rank, plan.ranks, store
         self.stage, self.replica = plan.position(rank)
-        self.every, self.keep = every, keep
         self.frozen = {
             f"frozen/{name}": p for name, p in module.named_parameters() if not p.requires_grad
         }
-        own = resumed is not None and resumed.resolve().parent == folder.resolve()
+        own = path is not None and path.resolve().parent == self.folder.resolve()
         self.saved = self.manifest.step if own else None
         self.copies: dict[str, Tensor] = {}  # in host memory, filled anew for each save
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         if rank == 0:
-            with writing(folder):
+            with writing(self.folder):
                 self._tidy(own, say)
 
     def wants(self, step: int) -> bool:
@@ -202,6 +198,10 @@ class Checkpointer:
         sync_folder(self.folder)
 
 
+def _folder(prepared: Prepared, options: Options) -> Path:
+    return options.checkpoint or prepared.job.artifact / "checkpoints"
+
+
 def wait_for(store: Store, key: str) -> bytes:
     """A key's value, however long it takes; meanwhile other threads can use the store."""
     while not store.check([key]):
@@ -233,154 +233,75 @@ def begin(
     restarted: bool = False,
     say: Callable[[str], None] = print,
 ) -> tuple[Prepared, Start | None, Checkpointer | None]:
-    """What a run goes on from, the schedule from there on, and what saves it, if it is to be saved.
+    """What a run goes on from, its schedule from there, and what saves it, if it is to be saved.
 
     One that torchrun has `restarted` goes on from its own last checkpoint.
     """
-    folder = options.checkpoint or prepared.job.artifact / "checkpoints"
+    folder = _folder(prepared, options)
     saves = options.checkpoint is not None or options.checkpoint_every is not None
-    start = resumed = None
+    start = path = None
     if options.resume or (restarted and saves):
-        start, resumed = find_start(
-            *(options.resume or "last", folder, prepared, rank, module, store),
-            restarted=restarted,
-            say=say,
-        )
+        resume = "last" if restarted and commits(folder) else options.resume or "last"
+        if paths := candidates(folder, resume, rank, store):
+            start, path = find_start(paths, prepared, rank, module, store, say)
+        else:
+            say(f"{folder} has no checkpoint: the run starts from the beginning")
     if start is not None:
         if start.step > prepared.job.steps:
             raise UsageError(
-                f"{resumed} is after step {start.step}; --steps {prepared.job.steps} counts from "
-                f"the very beginning too"
+                f"{path} is after step {start.step}; --steps {prepared.job.steps} counts from the "
+                f"very beginning too"
             )
         prepared = replace(prepared, pipeline=replace(prepared.pipeline, first=start.step))
-    if not saves:
-        return prepared, start, None
-    saver = Checkpointer(
-        *(folder, prepared, rank, module, store, start),
-        resumed=resumed,
-        every=options.checkpoint_every,
-        keep=options.keep,
-        say=say,
-    )
+    saver = None
+    if saves:
+        saver = Checkpointer(prepared, options, rank, module, store, start, path, say)
     return prepared, start, saver
 
 
+def candidates(folder: Path, resume: str, rank: int, store: Store) -> list[Path]:
+    """The checkpoints that a run may go on from, the same on all ranks: those that rank 0 sees."""
+    if rank == 0:
+        paths = list(map(str, commits(folder))) if resume == "last" else [resume]
+        store.set("resume", json.dumps(paths))
+    return [Path(path) for path in json.loads(wait_for(store, "resume"))]
+
+
 def find_start(
-    resume: str,
-    folder: Path,
+    paths: Sequence[Path],
     prepared: Prepared,
     rank: int,
     module: nn.Module,
     store: Store,
-    *,
-    restarted: bool = False,
     say: Callable[[str], None] = print,
-) -> tuple[Start | None, Path | None]:
-    """The state that a run goes on from and its checkpoint, which is the same on all ranks.
+) -> tuple[Start, Path]:
+    """What a run goes on from: the first of some checkpoints that all ranks find whole.
 
-    `resume` is a checkpoint, or "last": the newest in `folder` that every rank finds whole. If
-    there is none at all, the run starts from the beginning. The stage `module` gets its frozen
-    parameters; before all ranks agree, nothing is changed.
+    The module gets its frozen parameters from it; before all ranks agree, nothing is changed.
     """
-    if rank == 0:
-        found = [str(path) for path in commits(folder)] if resume == "last" or restarted else []
-        store.set("resume", json.dumps(found or [r for r in [resume] if r != "last"]))
-    names: list[str] = json.loads(wait_for(store, "resume"))
-    if not names:
-        say(f"{folder} has no checkpoint: the run starts from the beginning")
-        return None, None
-    damages: list[str] = []
-    for number, name in enumerate(names):
-        path, own = Path(name), ""
+    plan, damages = prepared.plan, []
+    stage, replica = plan.position(rank)
+    for number, path in enumerate(paths):
+        own = ""
         try:
-            start = _read(open_checkpoint(path), prepared, rank, module)
+            saved = open_checkpoint(path)
+            state = saved.read_stage(module, plan, replica, prepared.job.seed)
         except DamageError as error:
             own = str(error)
         store.set(f"resume/{number}/{rank}", own)
-        told = [
-            wait_for(store, f"resume/{number}/{r}").decode() for r in range(prepared.plan.ranks)
-        ]
+        told = [wait_for(store, f"resume/{number}/{r}").decode() for r in range(plan.ranks)]
         if damage := next(filter(None, told), None):
             damages.append(damage)
             continue
         if damages:
             say(f"{'; '.join(damages)}; an earlier checkpoint is used")
-        say(f"going on from {path}, after step {start.step}{_begins(start, prepared, rank)}")
-        _thaw(start, module)
+        one = prepared.pipeline.copies(stage) > 1 and saved.manifest.schedule in ("flush", "gpipe")
+        more = ", whose one version of the weights stands for all" if one else ""
+        start = Start(state, saved.manifest.step, saved.manifest.items_of(plan.microbatch))
+        say(f"going on from {path}, after step {start.step}{more}")
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if (value := state.tensors.pop(f"frozen/{name}", None)) is not None:
+                    parameter.copy_(value)
         return start, path
     raise MismatchError(f"there is no whole checkpoint: {'; '.join(damages)}")
-
-
-def _read(saved: Checkpoint, prepared: Prepared, rank: int, module: nn.Module) -> Start:
-    """A rank's part of a checkpoint, which must be of the same model and data.
-
-    A buffer outside the module's state_dict may be missing: it may be a constant of the stage's
-    code, which is not taken over to another size of microbatch as it can depend on it.
-    """
-    manifest, plan = saved.manifest, prepared.plan
-    samples = manifest.items * manifest.microbatch
-    if wrong := _differences(manifest, plan, prepared.job.seed):
-        raise MismatchError(f"{saved.folder} {wrong}")
-    sources = saved.sources((tied.names for tied in plan.tied), plan.position(rank)[1])
-    kept = module.state_dict(keep_vars=True).keys()
-    tensors = dict((*module.named_parameters(), *module.named_buffers()))
-    if missing := sorted(name for name in tensors if name in kept and name not in sources):
-        raise MismatchError(f"{saved.folder} lacks {', '.join(missing[:9])} of the model")
-    same = manifest.microbatch == plan.microbatch
-    state = saved.read(
-        {n: sources[n] for n in tensors if n in sources and (same or n in kept)},
-    )
-    for key, tensor in state.tensors.items():
-        kind, _, name = key.partition("/")
-        if kind not in ("weights", "buffers", "frozen"):
-            continue
-        want = tensors[name]
-        if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
-            raise MismatchError(
-                f"{saved.folder} has {kind} of {name} as "
-                f"{describe(tuple(tensor.shape), tensor.dtype)}, the model "
-                f"{describe(tuple(want.shape), want.dtype)}"
-            )
-    return Start(state, manifest.step, samples // plan.microbatch)
-
-
-def _differences(manifest: Manifest, plan: Plan, seed: int) -> str:
-    """Why a run cannot go on from a checkpoint."""
-    theirs, ours = manifest.model, plan.model
-    if theirs.sha256 != ours.sha256:
-        return (
-            f"is of another model file (SHA-256 {theirs.sha256[:12]}..., the plan's "
-            f"{ours.sha256[:12]}...); p2bw export and --weights take over its weights alone"
-        )
-    if (theirs.factory, theirs.settings) != (ours.factory, ours.settings):
-        made = {"factory": theirs.factory, **theirs.settings}.items()
-        wanted = {"factory": ours.factory, **ours.settings}.items()
-        return (
-            f"is of another model: {_listed(made - wanted)}, the plan has {_listed(wanted - made)}"
-        )
-    if manifest.seed != seed:
-        return f"is of a run with --seed {manifest.seed}, from which its data follow; give that"
-    if manifest.items * manifest.microbatch % plan.microbatch:
-        return (
-            f"has used up {manifest.items} microbatches of {manifest.microbatch} samples, which is "
-            f"no whole number of {plan.microbatch}; compile with --microbatch {manifest.microbatch}"
-        )
-    return ""
-
-
-def _begins(start: Start, prepared: Prepared, rank: int) -> str:
-    """What is to be said of a checkpoint of a schedule with fewer versions of the weights."""
-    copies = prepared.pipeline.copies(prepared.plan.position(rank)[0])
-    known = any(key.startswith("previous/") for key in start.state.tensors)
-    return "" if copies == 1 or known else "; it has one version of the weights, used as all"
-
-
-def _thaw(start: Start, module: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if (value := start.state.tensors.pop(f"frozen/{name}", None)) is not None:
-                parameter.copy_(value)
-
-
-def _listed(settings: Iterable[tuple[str, object]]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings)) or "no such settings"

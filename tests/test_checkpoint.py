@@ -26,9 +26,9 @@ from p2bw.modelfile.checkpoint import commits
 from p2bw.modelfile.tensors import _DTYPES, write_tensors
 from p2bw.runtime import checkpoint
 from p2bw.runtime.artifact import load_stage
-from p2bw.runtime.checkpoint import Checkpointer, find_start
+from p2bw.runtime.checkpoint import Checkpointer, candidates, find_start
 from p2bw.runtime.errors import MismatchError, P2BWError, ResourceError, UsageError
-from p2bw.runtime.job import Job
+from p2bw.runtime.job import Job, Options
 from p2bw.runtime.prepare import Prepared, prepare
 from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Start
@@ -64,14 +64,12 @@ class Ranks:
             state.tensors[f"buffers/{name}"] = made(tensor, f"{name} of {replica}", step)
         return state
 
-    def begin(self, start: Start | None = None, resumed: Path | None = None) -> None:
+    def begin(self, start: Start | None = None, path: Path | None = None) -> None:
         self.store = dist.HashStore()
+        options = Options(checkpoint=self.folder, checkpoint_every=1, keep=self.keep)
         self.savers = [
             Checkpointer(
-                *(self.folder, self.prepared, rank, self.modules[rank], self.store, start),
-                resumed=resumed,
-                every=1,
-                keep=self.keep,
+                *(self.prepared, options, rank, self.modules[rank], self.store, start, path),
                 say=self.said.append,
             )
             for rank in range(self.plan.ranks)
@@ -93,10 +91,12 @@ class Ranks:
 
         def look(rank: int) -> None:
             try:
-                found[rank] = find_start(
-                    *(resume, self.folder, self.prepared, rank, self.modules[rank], store),
-                    say=self.said.append if rank == 0 else lambda text: None,
-                )
+                if paths := candidates(self.folder, resume, rank, store):
+                    say = self.said.append if rank == 0 else lambda text: None
+                    module = self.modules[rank]
+                    found[rank] = find_start(paths, self.prepared, rank, module, store, say)
+                else:
+                    found[rank] = None, None
             except P2BWError as error:
                 errors[rank] = error
 
@@ -191,7 +191,6 @@ def test_the_copy_is_of_the_moment_of_saving(ranks: Ranks) -> None:
 
 def test_without_a_checkpoint_the_run_starts_from_the_beginning(ranks: Ranks) -> None:
     assert ranks.find() == ([None] * 4, None)
-    assert ranks.said == [f"{ranks.folder} has no checkpoint: the run starts from the beginning"]
     with pytest.raises(MismatchError, match=r"nowhere/manifest.json cannot be read: No such file"):
         ranks.find("nowhere")
 
@@ -321,7 +320,7 @@ def test_constants_of_the_stage_s_code_follow_the_microbatch(ranks: Ranks, tmp_p
     ("given", "message"),
     [
         ({"edit": lambda text: text + "# edited\n"}, "is of another model file"),
-        ({"optimizer": "adamw"}, "another model: optimizer='sgd', the plan has optimizer='adamw'"),
+        ({"optimizer": "adamw"}, "is of optimizer='sgd'; the plan is of optimizer='adamw'"),
         ({"microbatch": 7}, "no whole number of 7; compile with --microbatch 3"),
     ],
 )
@@ -424,9 +423,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     ranks.folder = tmp_path / "file" / "checkpoints"
     with pytest.raises(UsageError, match=r"cannot write .*file/checkpoints"):
         ranks.begin()
-    for arguments in ({"keep": 0}, {"every": 0}):
+    for arguments in ({"keep": 0}, {"checkpoint_every": 0}):
+        options = Options(checkpoint=tmp_path / "x", **arguments)
         with pytest.raises(UsageError, match="are at least 1"):
-            Checkpointer(*(tmp_path, ranks.prepared, 0, ranks.modules[0], ranks.store), **arguments)
+            Checkpointer(ranks.prepared, options, 0, ranks.modules[0], ranks.store)
 
 
 @pytest.mark.parametrize("full_after", [0, 1, 2, 3, 4, 5, 6])

@@ -213,7 +213,7 @@ def test_2bw_goes_on_from_one_version_and_a_flush_from_two(tmp_path: Path) -> No
     found = train(artifact, 5, resume="last", checkpoint=tmp_path / "one")
     last = tmp_path / "one" / "step-00000003"
     assert found.said == [
-        f"going on from {last}, after step 3; it has one version of the weights, used as all"
+        f"going on from {last}, after step 3, whose one version of the weights stands for all"
     ]
     other = train(artifact, 6, schedule="flush", resume=str(tmp_path / "one" / "step-00000005"))
     assert len(other.losses) == 1
@@ -224,6 +224,10 @@ def test_a_run_that_is_over_has_nothing_left_to_do(tmp_path: Path) -> None:
     train(artifact, 3, checkpoint_every=2)
     found = train(artifact, 3, resume="last", checkpoint_every=2)
     assert found.losses == []
+    nowhere = train(artifact, 1, resume="last", checkpoint=tmp_path / "x")
+    assert nowhere.said == [
+        f"{tmp_path / 'x'} has no checkpoint: the run starts from the beginning"
+    ]
     with pytest.raises(UsageError, match="is after step 3; --steps 2 counts from the very begin"):
         train(artifact, 2, resume="last")
 
