@@ -240,7 +240,7 @@ class _AllReduce:
                 work.wait()
             except RuntimeError as error:
                 raise PeerError(f"the sum over replicas failed: {_reason(error)}") from None
-            totals = flat.split([part.numel() for part in parts]) if parts else ()
+            totals = torch.split(flat, [p.numel() for p in parts]) if parts else ()
             for part, total in zip(parts, totals, strict=True):
                 part.copy_(total.view_as(part))
         self.pending.clear()
