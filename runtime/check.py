@@ -4,7 +4,7 @@ Channels are tried at capacity 0, where a send ends only once its receive is pos
 capacity 1. What passes cannot deadlock on any transport that buffers at least as much.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -85,7 +85,12 @@ def _execute(pipe: Pipeline, schedule: Sequence[Sequence[Action]], capacity: int
         total = pipe.batches * (1 if channel.per_batch else m)
         for counts, done in ((sent, "sent"), (posted, "received")):
             _must(
-                counts[channel] == total, f"{channel} was {done} {counts[channel]} of {total} times"
+                counts[channel] == total,
+                "{} was {} {} of {} times",
+                channel,
+                done,
+                counts[channel],
+                total,
             )
     for stage in stages:
         stage.finish()
@@ -110,6 +115,7 @@ class _Stage:
         self.pipe, self.index, self.capacity = pipe, index, capacity
         self.posted, self.sent = posted, sent
         self.in_flight: dict[int, int] = {}  # microbatch -> version of its forward
+        self.users: Counter[int] = Counter()  # version -> how many of these
         first = pipe.first
         self.done: dict[Kind, int] = defaultdict(
             lambda: first
@@ -118,28 +124,10 @@ class _Stage:
         self.peak = self.sets = 0
         self.versions = 1
         self.sums = pipe.sums(index)
-        self.tied = any(c.flow is Flow.TIED and c.target == index for c in pipe.channels)
-
-    def ready(self, action: Action) -> bool:
-        channel = action.channel
-        if channel is not None:
-            free = self.posted[channel] + self.capacity
-            return action.kind is Kind.RECEIVE or action.index < free
-        return all(
-            min(self.sent[c], self.posted[c]) > action.index
-            for c in self.pipe.channels
-            if c.target == self.index
-            and c.flow in _WAITS.get(action.kind, ())
-            and (action.kind is not Kind.NORM or c.flow is not Flow.TIED or c.tensor in self.sums)
-        )
-
-    def perform(self, action: Action) -> None:
-        if action.channel is not None:
-            self._message(action, action.channel)
-            return
-        expected = self.done[action.kind]
-        _must(action.index == expected, f"{action} instead of {action.kind}{expected}")
-        {
+        here = [c for c in pipe.channels if c.target == index]
+        self.tied = any(c.flow is Flow.TIED for c in here)
+        self.waits = {kind: [c for c in here if self._waits(kind, c)] for kind in Kind}
+        self.act = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
             Kind.CLOSE: self._close,
@@ -147,7 +135,29 @@ class _Stage:
             Kind.NORM: self._norm,
             Kind.UPDATE: self._update,
             Kind.MERGE: self._merge,
-        }[action.kind](action)
+        }
+
+    def _waits(self, kind: Kind, channel: Channel) -> bool:
+        if kind is Kind.NORM and channel.flow is Flow.TIED:
+            return channel.tensor in self.sums
+        return channel.flow in _WAITS.get(kind, ())
+
+    def ready(self, action: Action) -> bool:
+        channel = action.channel
+        if channel is not None:
+            free = self.posted[channel] + self.capacity
+            return action.kind is Kind.RECEIVE or action.index < free
+        return all(
+            min(self.sent[c], self.posted[c]) > action.index for c in self.waits[action.kind]
+        )
+
+    def perform(self, action: Action) -> None:
+        if action.channel is not None:
+            self._message(action, action.channel)
+            return
+        expected = self.done[action.kind]
+        _must(action.index == expected, "{} instead of {}{}", action, action.kind, expected)
+        self.act[action.kind](action)
         self.done[action.kind] += 1
         self._live()
 
@@ -163,73 +173,87 @@ class _Stage:
                 Flow.NORM: self.done[Kind.NORM],
                 Flow.LOSS: self.done[Kind.FORWARD] // self.pipe.microbatches,
             }[channel.flow]
-            _must(action.index < made, f"{action} before there is anything to send")
-        _must(end == self.index, f"stage {self.index} is no such end of {channel}")
-        _must(action.index == counts[channel], f"{action} instead of message {counts[channel]}")
+            _must(action.index < made, "{} before there is anything to send", action)
+        _must(end == self.index, "stage {} is no such end of {}", self.index, channel)
+        _must(action.index == counts[channel], "{} instead of message {}", action, counts[channel])
         counts[channel] += 1
 
     def _forward(self, action: Action) -> None:
         expected = self.pipe.version(self.index, action.index)
-        _must(action.version == expected, f"{action} should use version {expected}")
-        _must(action.version <= self._made(), f"{action} before version {action.version} is made")
+        _must(action.version == expected, "{} should use version {}", action, expected)
+        _must(
+            action.version <= self._made(), "{} before version {} is made", action, action.version
+        )
         oldest = self.done[Kind.UPDATE] - self.pipe.copies(self.index)
-        _must(action.version > oldest, f"{action}: its version was replaced")
+        _must(action.version > oldest, "{}: its version was replaced", action)
         self.in_flight[action.index] = action.version
+        self.users[action.version] += 1
         self.peak = max(self.peak, len(self.in_flight))
         limit = planned_stash(self.pipe, self.index)
-        _must(self.peak <= limit, f"stage {self.index} holds more than {limit} at {action}")
+        _must(self.peak <= limit, "stage {} holds more than {} at {}", self.index, limit, action)
 
     def _backward(self, action: Action) -> None:
-        _must(action.index in self.in_flight, f"{action} before its forward")
+        _must(action.index in self.in_flight, "{} before its forward", action)
         version = self.in_flight.pop(action.index)
-        _must(action.version == version, f"{action} but its forward used version {version}")
+        self.users[version] -= 1
+        _must(action.version == version, "{} but its forward used version {}", action, version)
         batch = action.index // self.pipe.microbatches
-        _must(self.done[Kind.CLOSE] == batch, f"{action} while another batch's gradients are added")
+        _must(
+            self.done[Kind.CLOSE] == batch, "{} while another batch's gradients are added", action
+        )
         sets = batch + 1 - self.done[Kind.UPDATE]
         limit = 2 if self.pipe.late else 1
-        _must(sets <= limit, f"{action}: stage {self.index} holds the gradients of {sets} batches")
+        _must(
+            sets <= limit,
+            "{}: stage {} holds the gradients of {} batches",
+            action,
+            self.index,
+            sets,
+        )
         self.sets = max(self.sets, sets)
 
     def _close(self, action: Action) -> None:
         done, m = self.done[Kind.BACKWARD], self.pipe.microbatches
-        _must(done == (action.index + 1) * m, f"{action} after {done} backwards")
+        _must(done == (action.index + 1) * m, "{} after {} backwards", action, done)
 
     def _gather(self, action: Action) -> None:
-        _must(self.done[Kind.CLOSE] > action.index, f"{action} before the batch is closed")
+        _must(self.done[Kind.CLOSE] > action.index, "{} before the batch is closed", action)
 
     def _norm(self, action: Action) -> None:
-        _must(self.done[Kind.GATHER] > action.index, f"{action} before the gradients are summed")
+        _must(self.done[Kind.GATHER] > action.index, "{} before the gradients are summed", action)
 
     def _update(self, action: Action) -> None:
-        _must(action.version == action.index + 1, f"{action} makes another version")
-        _must(self.done[Kind.GATHER] > action.index, f"{action} before the gradients are summed")
+        _must(action.version == action.index + 1, "{} makes another version", action)
+        _must(self.done[Kind.GATHER] > action.index, "{} before the gradients are summed", action)
         clips = self.pipe.clipped
-        _must(not clips or self.done[Kind.NORM] > action.index, f"{action} before the norm")
-        _must(self._made() == action.index, f"{action} of an unfinished version")
+        _must(not clips or self.done[Kind.NORM] > action.index, "{} before the norm", action)
+        _must(self._made() == action.index, "{} of an unfinished version", action)
         replaced = action.version - self.pipe.copies(self.index)
         users = [i for i, version in self.in_flight.items() if version <= replaced]
-        _must(not users, f"{action} overwrites the weights that microbatches {users} run on")
+        _must(not users, "{} overwrites the weights that microbatches {} run on", action, users)
+        self.users = +self.users  # without the versions that are gone
 
     def _merge(self, action: Action) -> None:
-        _must(self.tied and action.index < self.done[Kind.UPDATE], f"{action} out of order")
-        _must(action.version == action.index + 1, f"{action} makes another version")
+        _must(self.tied and action.index < self.done[Kind.UPDATE], "{} out of order", action)
+        _must(action.version == action.index + 1, "{} makes another version", action)
 
     def _made(self) -> int:
         return self.done[Kind.MERGE if self.tied else Kind.UPDATE]
 
     def _live(self) -> None:
-        live = {*self.in_flight.values(), self.done[Kind.UPDATE]}
+        live = {self.done[Kind.UPDATE], *(v for v, count in self.users.items() if count)}
         self.versions = max(self.versions, len(live))
         limit = self.pipe.copies(self.index)
-        _must(len(live) <= limit, f"stage {self.index} needs the versions {sorted(live)}")
+        _must(len(live) <= limit, "stage {} needs the versions {}", self.index, sorted(live))
 
     def finish(self) -> None:
         batches, total = self.pipe.batches, self.pipe.batches * self.pipe.microbatches
         done = (self.done[Kind.FORWARD], self.done[Kind.BACKWARD])
-        _must(done == (total, total), f"stage {self.index} ended after {done} of {total}")
-        _must(self._made() == batches, f"stage {self.index} ended at version {self._made()}")
+        _must(done == (total, total), "stage {} ended after {} of {}", self.index, done, total)
+        _must(self._made() == batches, "stage {} ended at version {}", self.index, self._made())
 
 
-def _must(holds: bool, otherwise: str) -> None:
+def _must(holds: bool, otherwise: str, *values: object) -> None:
+    """The text is made only where it is needed: a pipeline may have millions of actions."""
     if not holds:
-        raise ScheduleError(otherwise)
+        raise ScheduleError(otherwise.format(*values) if values else otherwise)

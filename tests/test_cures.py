@@ -41,18 +41,21 @@ def anything_fits(problem, depths=None, widths=None, recompute="auto"):
     if problem.schedule == "2bw":
         most = min(most, problem.microbatches or most)
     return any(
-        _fits(instance, depth, recompute)
+        _fits(instance, depth, recompute, min(widths or (1,)))
         for depth in range(1, most + 1)
         if depths is None or depth in depths
     )
 
 
-def _fits(instance, depth, recompute):
-    """Memory depends neither on the width nor, with devices of one kind, on the layout."""
+def _fits(instance, depth, recompute, width):
+    """Fewer replicas need no more memory. With devices of one kind the layout does not matter."""
     gpus = instance.problem.topology.gpus
     kinds = instance.kinds
     rows = {tuple(kinds[r] for r in row): row for row in itertools.permutations(range(gpus), depth)}
     shapes = [Shape(depth, 1, "listed", tuple((r,) for r in row)) for row in rows.values()]
+    if width > 1:
+        assert instance.problem.topology.uniform
+        shapes = [Shape(depth, width)]
     choices = {"auto": (False, True), "always": (True,), "never": (False,)}[recompute]
     for stages in itertools.product(range(depth), repeat=instance.size):
         if any(stages[c] < stages[e.producer] for e in instance.edges for c in e.consumers):
@@ -157,9 +160,10 @@ def tangle(seed):
                 saved=pick.random() < 0.5,
             )
         )
+    schedule = pick.choice(["2bw", "flush", "gpipe", "stash"])
     return PlacementProblem(
         microbatch=1,
-        schedule=pick.choice(["2bw", "flush", "gpipe", "stash"]),
+        schedule=schedule,
         blocks=tuple(
             BlockCost(
                 name=name,
@@ -176,7 +180,11 @@ def tangle(seed):
                 bytes=pick.randint(0, 30),
                 gradient_bytes=pick.randint(0, 30),
                 optimizer_bytes=pick.randint(0, 60),
-                blocks=tuple(sorted(pick.sample(names, pick.choice([1, 1, 2])))),
+                blocks=tuple(sorted(pick.sample(names, pick.choice([1, 1, 2]))))[
+                    : 1
+                    if schedule == "stash"
+                    else 2  # there they would stay together
+                ],
             )
             for i in range(5)
         ),
@@ -228,8 +236,10 @@ INFEASIBLE = {
         chain([1.0] * 4, memory=105, schedule="gpipe", microbatches=8), {"recompute": "never"},
         {"memory", "microbatches", "schedule", "recompute"}),
     "stash keeps weights": (
-        weighty([20] * 4, memory=130, gpus=4, schedule="stash"), {"depths": (4,)},
-        {"memory", "schedule"}),
+        weighty([20] * 4, memory=130, gpus=4, schedule="stash", microbatches=1), {"depths": (4,)},
+        {"memory", "schedule", "microbatches"}),
+    "stash keeps shared weights together": (
+        tied().model_copy(update={"schedule": "stash"}), {}, {"memory", "schedule"}),
     "too few microbatches for 2bw": (
         weighty([40] * 6, memory=500, gpus=6, microbatches=2), {}, {"memory", "microbatches"}),
     "recompute never": (
@@ -287,7 +297,7 @@ def applied(problems, problem, options, cure):
         assert cure.text == f"--microbatch {number}"
         return (problems[number], options), [(problems[number + 1], options)]
     if cure.kind == "microbatches":
-        more = 1 if problem.schedule == "2bw" else -1
+        more = 1 if problem.schedule in ("2bw", "stash") else -1
         return change(microbatches=number), [change(microbatches=number - more)]
     if cure.kind == "stages":
         (asked_for,) = options["depths"]

@@ -195,10 +195,11 @@ class _Cures:
         )
 
     def _microbatches(self) -> Iterator[Cure]:
-        """Fewer per update where each is in flight; more where 2BW needs one for each stage."""
+        """Fewer per update where each is in flight; more where 2BW needs one for each stage, and
+        where those in flight then run on fewer versions."""
         problem = self.request.problem
         most = min(MAX_DEPTH, len(problem.blocks))
-        if problem.schedule == "2bw" and problem.microbatches is not None:
+        if problem.schedule in ("2bw", "stash") and problem.microbatches is not None:
             amounts = range(problem.microbatches + 1, most + 1)
         elif problem.schedule in ("gpipe", "flush"):
             now = problem.microbatches or max(self.request.depths or (problem.topology.gpus,))

@@ -364,12 +364,13 @@ def _pinned(
                 f"block {name} is pinned to stage {stage}, and a block that shares its stage to "
                 f"{pin[group]}; drop one of the two"
             )
-    apart = []
+    apart, stash = [], problem.schedule == "stash"
     for first, second in problem.constraints.apart:
         pair = sorted((group_of[number[first]], group_of[number[second]]))
         if pair[0] == pair[1]:
             raise InfeasibleError(
-                f"blocks {first} and {second} must be apart, but together or never_cut joins them"
+                f"blocks {first} and {second} must be apart, but together or never_cut"
+                f"{', or a parameter that is used in several (under stash),' * stash} joins them"
             )
         apart.append((pair[0], pair[1]))
     return pin, tuple(sorted(set(apart)))
