@@ -250,6 +250,21 @@ def run_command(
             metavar="X",
         ),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start with these safetensors of the whole model, a file or a folder.",
+            metavar="PATH",
+        ),
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="How the model's own code makes the first weights: of the whole model on each "
+            "rank, or just of its stage's modules; auto goes by the hosts' memory.",
+            metavar="auto|whole|modules",
+        ),
+    ] = "auto",
     save: Annotated[
         Path | None, typer.Option(help="Write the trained weights to this folder.", metavar="DIR")
     ] = None,
@@ -298,6 +313,8 @@ def run_command(
             schedule=schedule,
             microbatches=microbatches,
             clip_norm=clip_norm,
+            weights=weights,
+            init=init,
             save=save,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,

@@ -17,7 +17,8 @@ import torch
 
 from p2bw.export import export
 from p2bw.modelfile.tensors import writing
-from p2bw.runtime.errors import P2BWError
+from p2bw.modelfile.weightfiles import WeightFiles
+from p2bw.runtime.errors import P2BWError, UsageError
 from p2bw.runtime.failure import FAILURE_FILE
 from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.prepare import Prepared, prepare
@@ -32,6 +33,8 @@ def run(
     schedule: str | None = None,
     microbatches: int | None = None,
     clip_norm: float | None = None,
+    weights: str | Path | None = None,
+    init: str = "auto",
     save: str | Path | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -57,9 +60,15 @@ def run(
         schedule=schedule,
         microbatches=microbatches,
         clip_norm=clip_norm,
+        weights=Path(weights) if weights else None,
+        init=init,
         model=Path(model) if model else None,
     )
+    if init not in ("auto", "whole", "modules"):
+        raise UsageError(f"--init {init}: it is auto, whole or modules")
     prepared = prepare(job)  # what is wrong with the files is said before anything starts
+    if job.weights is not None:
+        WeightFiles(job.weights)
     ranks = prepared.plan.ranks
     for line in _too_full(prepared):
         print(line, file=sys.stderr, flush=True)

@@ -1,21 +1,36 @@
 """Start-up: the names, the order and the first values of a model's parameters."""
 
+import json
+import random
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from corpus import CORPUS, Architecture
+from corpus import CORPUS, ROOT, Architecture
+from handmade import write_artifact
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from p2bw.compiler.driver import compile_model
 from p2bw.modelfile.build import build, build_recorded
-from p2bw.modelfile.initial import parameter_order
+from p2bw.modelfile.initial import fill_stage, parameter_order
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.modelfile.microbatch import seeded
 from p2bw.modelfile.truncated import truncated_normal_as_one_operator
+from p2bw.modelfile.turns import Room, choose_start, read_memory, taking_turns
+from p2bw.runtime.artifact import find_model_file
+from p2bw.runtime.errors import InputFileError, MismatchError, ModelError, P2BWError, UsageError
+from p2bw.runtime.job import Job
+from p2bw.runtime.prepare import initial_stage, prepare
 
 every_example = pytest.mark.parametrize("example", CORPUS, ids=lambda a: a.name)
 
@@ -128,10 +143,6 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def seed_python() -> None:
-    import random
-
-    import numpy
-
     random.seed(3)
     numpy.random.seed(3)
 
@@ -183,3 +194,332 @@ def test_a_layer_that_is_copied_stays_in_the_mode_of_the_others(corners: ModelFi
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = build(corners, mode)
     assert {id(tensor.fake_mode) for tensor in state(model).values()} == {id(mode)}  # type: ignore[attr-defined]
+
+
+def stages(artifact: Path, **options: Any) -> list[dict[str, Tensor]]:
+    """The first state of every stage."""
+    prepared = prepare(Job(artifact=artifact, steps=1, **options))
+    return [
+        state(initial_stage(prepared, k, torch.device("cpu"))) for k in range(prepared.plan.depth)
+    ]
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All of them; what two stages have is the same on both."""
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            assert torch.equal(whole.setdefault(name, tensor), tensor), name
+    return whole
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("init", ["whole", "modules"])
+def test_the_partition_changes_no_weight(init: str, tmp_path: Path) -> None:
+    found = [
+        joined(stages(write_artifact(tmp_path / str(d), depth=d), seed=3, init=init))
+        for d in (1, 2, 4)
+    ]
+    assert same(found[0], found[1]) == same(found[0], found[2]) == list(found[0])
+    assert torch.equal(found[2]["head.weight"], found[2]["wte.weight"])
+    other = joined(stages(tmp_path / "4", seed=4, init=init))
+    constant = [n for n in other if ".ln." in n or ".norm." in n or n[4:] in ("gain", "unused")]
+    assert sorted(same(found[2], other)) == sorted(constant)
+
+
+def test_auto_is_whole_where_there_is_room(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    whole, auto = stages(artifact, init="whole"), stages(artifact)
+    assert same(joined(whole), joined(auto)) == list(joined(whole))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "if self.weight.sum() > 0: self.big = nn.Parameter(torch.ones(1))",
+            r"net.py:8: model\(\) raised .*\n.*\n--init modules builds .* use --init whole",
+        ),
+        (
+            "self.weight.data.copy_(torch.from_numpy(numpy.ones((5000, 2000), 'f')))",
+            r"first values of 0.weight come from outside torch.*use --init whole, or --weights",
+        ),
+    ],
+)
+def test_what_cannot_be_computed_alone_is_refused(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(
+        f"""import numpy, torch
+from torch import nn
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(2000, 5000)
+        with torch.no_grad():
+            {line}
+
+def model():
+    return nn.Sequential(Net())
+
+def inputs(batch_size):
+    return torch.ones(batch_size, 2000)
+"""
+    )
+    file = load_model_file(path)
+    stage = nn.Sequential(nn.Linear(2000, 5000))
+    with pytest.raises(ModelError, match=message):
+        fill_stage(file, stage, seed=0, init="modules")
+
+
+def whole_model(artifact: Path) -> nn.Module:
+    torch.manual_seed(8)
+    model = find_model_file(artifact).model()
+    for tensor in state(model).values():
+        if tensor.is_floating_point():
+            tensor.data.normal_()
+    return model
+
+
+def test_a_stage_takes_its_part_of_safetensors_files(tmp_path: Path) -> None:
+    """One file, as Hugging Face writes it: of tied parameters just one name, maybe no buffers."""
+    artifact = write_artifact(tmp_path / "a", depth=4)
+    model = state(whole_model(artifact))
+    given = {n: t.detach().clone() for n, t in model.items() if n != "head.weight"}
+    save_file(given, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        found = joined(stages(artifact, weights=path))
+        assert sorted(same(found, model)) == sorted(model)
+    fewer = {n: t for n, t in given.items() if "running" not in n}
+    save_file(fewer, tmp_path / "model.safetensors")
+    found = joined(stages(artifact, weights=tmp_path))
+    assert torch.equal(found["h.2.norm.running_mean"], torch.zeros(16))
+    assert len(same(found, model)) == len(model) - 8
+
+
+def test_other_dtypes_are_converted_and_that_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    model = state(whole_model(artifact))
+    save_file({n: t.bfloat16() for n, t in model.items()}, tmp_path / "half.safetensors")
+    prepared = prepare(Job(artifact=artifact, steps=1, weights=tmp_path / "half.safetensors"))
+    stage = initial_stage(prepared, 0, torch.device("cpu"), say=True)
+    assert torch.equal(state(stage)["wte.weight"], model["wte.weight"].bfloat16().float())
+    said = capfd.readouterr().err
+    assert said.startswith("first weights: each rank reads its own stage's part of ")
+    assert "bfloat16 becomes float32" in said
+
+
+def test_saved_weights_are_weights_to_start_with(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    model = state(whole_model(artifact))
+    names = sorted(model)
+    index = {}
+    for number, part in enumerate((names[:9], names[9:20], names[20:])):
+        save_file({n: model[n].clone() for n in part}, tmp_path / f"{number}.safetensors")
+        index |= dict.fromkeys(part, f"{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert sorted(same(joined(stages(artifact, weights=tmp_path)), model)) == names
+
+
+def test_what_is_wrong_with_weights_is_named(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    given = {n: t.detach().clone() for n, t in state(whole_model(artifact)).items()}
+    folder = tmp_path / "w"
+    folder.mkdir()
+    path = folder / "model.safetensors"
+
+    def refused(kind: type[P2BWError], message: str, weights: Path = folder) -> None:
+        with pytest.raises(kind, match=message):
+            stages(artifact, weights=weights)
+
+    refused(UsageError, "no such file or folder", tmp_path / "nowhere")
+    refused(InputFileError, "0 indexes and 0 safetensors files")
+    save_file({n: t for n, t in given.items() if n != "h.0.up.weight"} | {"x": torch.ones(1)}, path)
+    refused(MismatchError, r"lacks h.0.up.weight, which the model needs; it has x")
+    save_file(given | {"h.0.up.weight": torch.ones(8, 16)}, path)
+    refused(MismatchError, r"h.0.up.weight is \[8, 16\], in the model \[16, 8\]")
+    path.write_bytes(b"PK and then a pickle")
+    refused(InputFileError, "is not a safetensors file")
+    save_file(given, path)
+    path.write_bytes(path.read_bytes()[:-400])
+    refused(InputFileError, "is not a safetensors file")
+    index = folder / "model.safetensors.index.json"
+    for text, message in (
+        ("{", "is not JSON"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "../a/plan.json"}}', "names '../a/plan.json', which is no file"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "names 'gone.safetensors', which is no file"),
+    ):
+        index.write_text(text)
+        refused(InputFileError, message)
+    save_file({"a": torch.ones(1)}, path)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(given, path.name)}))
+    refused(InputFileError, "cannot read .*File does not contain tensor")
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("asked", "rooms", "init", "at_once"),
+    [
+        ("auto", [Room(64 * GB, 60 * GB, 2, 4 * GB)] * 2, "whole", 0),
+        ("auto", [Room(64 * GB, 30 * GB, 4, 4 * GB)] * 4, "whole", 1),  # turns: not much is free
+        ("auto", [Room(99 * GB, 58 * GB, 4, 4 * GB)] * 4, "whole", 2),
+        ("auto", [Room(32 * GB, 31 * GB, 4, 4 * GB)] * 4, "modules", 1),
+        (
+            "auto",
+            [Room(64 * GB, 60 * GB, 1, 9 * GB), Room(20 * GB, 9 * GB, 1, 9 * GB)],
+            "modules",
+            0,
+        ),
+        ("whole", [Room(32 * GB, 31 * GB, 4, 9 * GB)] * 4, "whole", 1),
+        ("modules", [Room(64 * GB, 60 * GB, 2, 1 * GB)] * 2, "modules", 0),
+    ],
+)
+def test_the_smallest_host_decides(asked: str, rooms: list[Room], init: str, at_once: int) -> None:
+    start = choose_start(asked, 0, 1, rooms)
+    assert (start.init, start.at_once) == (init, at_once)
+    assert start.model_bytes == sum(room.stage for room in rooms)
+    assert f"--init {init}" in str(start)
+    if asked == "auto":  # the weights must not depend on what happens to be free
+        full = [Room(room.total, 0, room.ranks, room.stage) for room in rooms]
+        assert choose_start(asked, 0, 1, full).init == init
+
+
+def test_this_hosts_memory() -> None:
+    total, available = read_memory()
+    assert 1 << 28 < available <= total < 1 << 50
+
+
+class Shared:
+    """A store within one process."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self.changed = threading.Condition()
+
+    def set(self, key: str, value: str) -> None:
+        with self.changed:
+            self.keys[key] = value
+            self.changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        with self.changed:
+            assert self.changed.wait_for(lambda: key in self.keys, 20)
+            return self.keys[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.keys for key in keys)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_ranks_of_a_host_take_turns(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts of three ranks."""
+    stage = nn.Linear(10, 10)  # 440 bytes; six of them 2640
+    monkeypatch.setattr(
+        "p2bw.modelfile.turns.read_memory", lambda: (10**6, 3 * 440 + 2640 * at_once)
+    )
+    store, counting, most = Shared(), threading.Lock(), [0, 0]
+    now = [0, 0]
+    everyone = threading.Barrier(2 * at_once, timeout=20)  # as many do build at the same time
+
+    def rank(rank: int) -> None:
+        place = SimpleNamespace(rank=rank, world=6, local_rank=rank % 3, local_world=3)
+        with taking_turns(store, place, "auto", 0, 1, False, stage) as init:
+            assert init == "whole"
+            with counting:
+                now[rank // 3] += 1
+                most[rank // 3] = max(most[rank // 3], now[rank // 3])
+            if rank % 3 < at_once:
+                everyone.wait()
+            with counting:
+                now[rank // 3] -= 1
+
+    threads = [threading.Thread(target=rank, args=(k,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == [at_once, at_once]
+    assert {f"built/{k}" for k in range(6)} <= store.keys.keys()
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+import torch
+from p2bw.modelfile.initial import parameter_order
+from p2bw.runtime.job import Job
+from p2bw.runtime.prepare import initial_stage, prepare
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+artifact, stage, init, weights = sys.argv[1:]
+weights = Path(weights) if weights else None
+prepared = prepare(Job(artifact=Path(artifact), steps=1, init=init, weights=weights))
+parameter_order(prepared.file)  # imports what building without memory needs
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = resident("VmRSS:")
+module = initial_stage(prepared, int(stage), torch.device("cpu"))
+size = sum(tensor.nbytes for tensor in module.parameters())
+print(json.dumps({"peak": resident("VmHWM:") - before, "stage": size}))
+"""
+
+
+def peaks(artifact: Path, depth: int, init: str, weights: str = "") -> list[dict[str, int]]:
+    """Of each rank, in bytes: its stage's weights, and how much its memory has grown at most."""
+    found = []
+    for stage in range(depth):
+        line = [sys.executable, "-c", PEAK, str(artifact), str(stage), init, weights]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    return found
+
+
+def check_peaks(folder: Path, layers: int, width: int) -> None:
+    artifact = Path(
+        compile_model(
+            ROOT / "examples" / "gpt.py",
+            factory="tiny",
+            settings={"layers": layers, "width": width, "heads": 8},
+            **{"gpus": 4, "depth": 4, "microbatch": 1, "memory": "64GiB", "gap": "20%"},
+            out=folder / "artifact",
+        ).artifact
+    )
+    modules = peaks(artifact, 4, "modules")
+    model = sum(rank["stage"] for rank in modules)
+    most = 2 * 4 * 4 * width**2 + (16 << 20)  # the largest matrix, made and copied; and Python
+    for rank in modules:
+        assert rank["peak"] < rank["stage"] + most < 0.45 * model, modules
+    (whole,) = peaks(artifact, 1, "whole")  # the same question has another answer
+    assert whole["peak"] > model
+    file = find_model_file(artifact)
+    save_file(
+        {name: tensor.detach() for name, tensor in file.model().named_parameters()},
+        folder / "model.safetensors",
+    )
+    read = peaks(artifact, 4, "auto", str(folder / "model.safetensors"))
+    for rank in read:
+        assert rank["peak"] < rank["stage"] + most, read
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_ever_holds_more_than_its_stage(tmp_path: Path) -> None:
+    """0.2 GB in four stages."""
+    check_peaks(tmp_path, layers=16, width=512)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_of_a_larger_model_ever_holds_more_than_its_stage(tmp_path: Path) -> None:
+    """1.6 GB in four stages."""
+    check_peaks(tmp_path, layers=32, width=1024)
