@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.driver import compile_model
+from p2bw.launch import run
 from p2bw.modelfile.build import build, build_recorded
 from p2bw.modelfile.initial import fill_stage, parameter_order
 from p2bw.modelfile.load import ModelFile, load_model_file
@@ -523,3 +524,17 @@ def test_no_rank_ever_holds_more_than_its_stage(tmp_path: Path) -> None:
 def test_no_rank_of_a_larger_model_ever_holds_more_than_its_stage(tmp_path: Path) -> None:
     """1.6 GB in four stages."""
     check_peaks(tmp_path, layers=32, width=1024)
+
+
+def test_a_run_says_how_its_weights_are_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    assert len(run(artifact, steps=1, device="cpu", init="modules")["losses"]) == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if "first weights" in line]
+    assert len(said) == 1, said
+    assert "each rank computes only its own stage's part" in said[0]
+    with pytest.raises(UsageError, match="--init some: it is auto, whole or modules"):
+        run(artifact, steps=1, init="some")
+    with pytest.raises(UsageError, match="no such file or folder"):
+        run(artifact, steps=1, weights=tmp_path / "nowhere")
