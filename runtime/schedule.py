@@ -264,8 +264,6 @@ class _Stage:
             if kind is Kind.FORWARD:
                 yield from self.make(version)
                 yield from self.forward(i, version)
-                if last:
-                    yield from self.send(Flow.LOSS, batch)
                 continue
             # The first stage needs the next version right after this backward, the others later:
             # if each adds its part here, every part is where it is needed just in time.
@@ -279,6 +277,7 @@ class _Stage:
             if meets:
                 yield from self.norm(self.closed)
             if last:
+                yield from self.send(Flow.LOSS, batch)  # not before: others wait for a backward
                 yield from self.close(batch)
         yield from self.make(self.closed)
 

@@ -151,12 +151,13 @@ class Updater:
         with torch.no_grad():
             if new is not old and self.direct:
                 torch._foreach_copy_([new[n] for n in self.direct], [old[n] for n in self.direct])
+                for name in self.direct:
+                    self.parameters[name].data = new[name].data
+            given = []
             for name, parameter in self.parameters.items():
-                if parameter.dtype == new[name].dtype:
-                    parameter.data = new[name].data
-                gradient = gradients.get(name)
-                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-            given = [p.grad for p in self.parameters.values() if p.grad is not None]
+                if name in gradients:
+                    parameter.grad = gradients[name].to(parameter.dtype)
+                    given.append(parameter.grad)
             if scale is not None and given:
                 torch._foreach_mul_(given, scale)
         self.optimizer.step()
