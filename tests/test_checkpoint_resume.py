@@ -1,7 +1,7 @@
 """Runs that go on from a checkpoint: to the bit as if they had never ended, or in another plan."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from corpus import CORPUS
 from handmade import write_artifact
 from safetensors.torch import load_file
 from test_checkpoint import damage
 
+from p2bw.compiler.driver import Compiled
 from p2bw.export import export
 from p2bw.launch import run
 from p2bw.runtime.artifact import find_model_file, load_stage
@@ -328,3 +330,38 @@ def test_processes_save_and_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[s
     ]
     state = load_file(out / "model-00001-of-00002.safetensors")
     assert torch.equal(state["wte.weight"], whole.states[0].tensors["weights/wte.weight"])
+
+
+FEW = ("gpt", "hf_bert", "resnet")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        architecture.name
+        if architecture.name in FEW
+        else pytest.param(architecture.name, marks=pytest.mark.slow)
+        for architecture in CORPUS
+    ],
+)
+def test_compiled_artifacts_go_on_in_another_depth_and_export(
+    compiled: Callable[[str, int], Compiled], tmp_path: Path, name: str
+) -> None:
+    """Stage code of the compiler: constants, buffers outside the state_dict, unused parameters."""
+    two, three = (compiled(name, depth).artifact for depth in (2, 3))
+    whole = train(two, 3)
+    train(two, 2, checkpoint=tmp_path / "saved")
+    saved = tmp_path / "saved" / "step-00000002"
+    assert_equal(train(two, 3, resume=str(saved)), whole, 2)
+    other = train(three, 3, resume=str(saved), checkpoint=tmp_path / "other")
+    assert len(other.losses) == 1
+    model = find_model_file(two).model()
+    want = model.state_dict()
+    for folder in ("saved", "other"):
+        exported = export(tmp_path / folder, out=tmp_path / f"{folder}.out", artifact=two)
+        files = [tmp_path / f"{folder}.out" / file for file in exported.files[:-1]]
+        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert {n: (t.shape, t.dtype) for n, t in state.items()} == {
+            n: (t.shape, t.dtype) for n, t in want.items()
+        }
+        model.load_state_dict(state)
