@@ -110,8 +110,6 @@ class _Tensors:
         for name, tensor in self.like.items():
             aliases[id(tensor)].append(name)
         self.sources = saved.sources((*saved.manifest.tied, *aliases.values()))
-        for used in {s.file.name: s.file for s in self.sources.values()}.values():
-            saved.verify(used)
         unused = [name for name in self.like if name not in self.sources]
         self.initial = _initial(file, saved.manifest.seed, unused)
         self.contents: dict[str, Any] = {}  # open files
@@ -148,15 +146,17 @@ class _Tensors:
 
 
 def _whole_checkpoint(source: Path, progress: Callable[[str], None]) -> Checkpoint:
-    if (source / MANIFEST).is_file():
-        return open_checkpoint(source)
+    """A checkpoint of which all files have the right sums."""
+    alone = (source / MANIFEST).is_file()
     folder = source / "checkpoints" if (source / "plan.json").is_file() else source
-    for path in commits(folder):
+    for path in [source] if alone else commits(folder):
         try:
             saved = open_checkpoint(path)
             for file in saved.manifest.files:
                 saved.verify(file)
         except DamageError as error:
+            if alone:
+                raise
             progress(f"{error}; an earlier checkpoint is used")
             continue
         return saved

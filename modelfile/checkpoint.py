@@ -79,9 +79,9 @@ class Manifest:
                 f"{now.sha256[:12]}...); p2bw export and --weights take over its weights alone"
             )
         if (was.factory, was.settings) != (now.factory, now.settings):
-            theirs = {"factory": was.factory, **was.settings}.items()
-            ours = {"factory": now.factory, **now.settings}.items()
-            return f"is of {_listed(theirs - ours)}; the plan is of {_listed(ours - theirs)}"
+            theirs = {"factory": was.factory, **was.settings}
+            ours = {"factory": now.factory, **now.settings}
+            return f"is of {_less(theirs, ours)}; the plan is of {_less(ours, theirs)}"
         if self.seed != seed:
             return f"is of a run with --seed {self.seed}, from which its data follow; give that"
         if self.items * self.microbatch % plan.microbatch:
@@ -92,8 +92,10 @@ class Manifest:
         return ""
 
 
-def _listed(settings: Iterable[tuple[str, object]]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings)) or "no such settings"
+def _less(settings: Mapping[str, object], known: Mapping[str, object]) -> str:
+    shared = known.items()
+    more = [f"{name}={value!r}" for name, value in settings.items() if (name, value) not in shared]
+    return ", ".join(more) or "no such settings"
 
 
 def commits(folder: Path) -> list[Path]:
@@ -208,13 +210,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise DamageError(f"{path} is not as it was written: its SHA-256 differs")
     try:
         value = json.loads(text)
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise MismatchError(f"{folder} has schema {schema}, this version reads up to {SCHEMA}")
         manifest: Manifest = read_value(Manifest, value, "")
-        if manifest.schema == SCHEMA:
-            _check(manifest)
+        _check(manifest)
     except (BadValueError, ValueError, RecursionError) as error:
         raise DamageError(f"{path} is no manifest: {error}") from None
-    if manifest.schema != SCHEMA:
-        raise MismatchError(f"{folder} has schema {manifest.schema}, this version reads {SCHEMA}")
     return Checkpoint(folder, manifest)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import safe_open
@@ -104,9 +105,11 @@ class Checkpointer:
         for key, tensor in live.items():
             if key not in self.copies:
                 self.copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            elif key in self.frozen:
+                continue
             self.copies[key].copy_(tensor.detach())
         tensors = {key: self.copies[key] for key in live}
-        values = json.dumps({} if self.replica else state.values, sort_keys=True)
+        values = json.dumps({} if self.replica else state.values, default=_refuse)
         self.thread = threading.Thread(
             target=self._write, args=(step, tensors, values), name="checkpoint", daemon=True
         )
@@ -144,7 +147,7 @@ class Checkpointer:
     def _write_part(self, beside: Path, tensors: Mapping[str, Tensor], values: str) -> File:
         other = f"-replica-{self.replica}" if self.replica else ""
         path = beside / f"stage-{self.stage}{other}.safetensors"
-        beside.mkdir(exist_ok=True)
+        beside.mkdir(parents=True, exist_ok=True)
         try:
             size, digest = write_tensors(path, tensors, tensors.__getitem__, {"p2bw": values})
             sync_folder(beside)
@@ -198,6 +201,13 @@ class Checkpointer:
         sync_folder(self.folder)
 
 
+def _refuse(value: object) -> NoReturn:
+    raise UsageError(
+        f"the optimizer keeps a {type(value).__name__} inside of its state, and checkpoints hold "
+        f"tensors and plain values alone; use another one, or no --checkpoint"
+    )
+
+
 def _folder(prepared: Prepared, options: Options) -> Path:
     return options.checkpoint or prepared.job.artifact / "checkpoints"
 
@@ -205,7 +215,7 @@ def _folder(prepared: Prepared, options: Options) -> Path:
 def wait_for(store: Store, key: str) -> bytes:
     """A key's value, however long it takes; meanwhile other threads can use the store."""
     while not store.check([key]):
-        time.sleep(0.01)
+        time.sleep(0.02)
     return store.get(key)
 
 
@@ -260,10 +270,13 @@ def begin(
 
 
 def candidates(folder: Path, resume: str, rank: int, store: Store) -> list[Path]:
-    """The checkpoints that a run may go on from, the same on all ranks: those that rank 0 sees."""
+    """The checkpoints that a run may go on from, the same on all ranks: those that rank 0 sees.
+
+    `resume` is "last", a checkpoint, or another folder of them.
+    """
     if rank == 0:
-        paths = list(map(str, commits(folder))) if resume == "last" else [resume]
-        store.set("resume", json.dumps(paths))
+        paths = commits(folder) if resume == "last" else commits(Path(resume)) or [Path(resume)]
+        store.set("resume", json.dumps(list(map(str, paths))))
     return [Path(path) for path in json.loads(wait_for(store, "resume"))]
 
 
@@ -289,8 +302,10 @@ def find_start(
         except DamageError as error:
             own = str(error)
         store.set(f"resume/{number}/{rank}", own)
-        told = [wait_for(store, f"resume/{number}/{r}").decode() for r in range(plan.ranks)]
-        if damage := next(filter(None, told), None):
+        if rank == 0:
+            told = [wait_for(store, f"resume/{number}/{r}").decode() for r in range(plan.ranks)]
+            store.set(f"resume/{number}", next(filter(None, told), ""))
+        if damage := wait_for(store, f"resume/{number}").decode():
             damages.append(damage)
             continue
         if damages:

@@ -91,10 +91,11 @@ class Disk:
 
         return open_
 
-    def _fsync(self, real: Callable[..., Any]) -> Callable[..., Any]:
+    def _fsync(self, _: Callable[..., Any]) -> Callable[..., Any]:
+        """Not the real one: it takes long, and of this disk nothing else is to survive."""
+
         def fsync(handle: int) -> None:
             self.operate()
-            real(handle)
             inode = os.fstat(handle).st_ino
             self.unsynced.pop(inode, None)
             self.names = [entry for entry in self.names if entry[0] != inode]
