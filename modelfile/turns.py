@@ -57,11 +57,13 @@ class Start:
     seed: int
 
     def __str__(self) -> str:
-        size = f"the model's {self.model_bytes / 1e9:.3g} GB"
+        size = f"the model's {self.model_bytes / 1e6:,.3g} MB"
+        if self.model_bytes >= 1e9:
+            size = f"the model's {self.model_bytes / 1e9:,.3g} GB"
         if self.init == "modules":
             return (
                 f"first weights: each rank computes only its own stage's part of {size}, module "
-                f"by module, by the model's own initialisers, each seeded by its name and "
+                f"by module, by the model's own initialisers, each seeded by a weight's name and "
                 f"{self.seed} (--init modules)"
             )
         turns = f", {self.at_once} of a host at a time" if self.at_once else ""

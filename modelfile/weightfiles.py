@@ -41,7 +41,8 @@ class WeightFiles:
         if missing:
             raise MismatchError(
                 f"{self.path} lacks {_some(missing)}, which the model needs; it has "
-                f"{_some(sorted(self.files.keys() - set(found.values()))) or 'nothing else'}"
+                f"{_some(sorted(self.files.keys() - set(found.values()))) or 'nothing else'}. The "
+                f"names must be those of model.state_dict()"
             )
 
         def value(name: str, tensor: Tensor) -> Tensor:

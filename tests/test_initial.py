@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2bw.compiler.driver import compile_model
+from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.launch import run
 from p2bw.modelfile.build import build, build_recorded
 from p2bw.modelfile.initial import fill_stage, parameter_order
@@ -299,6 +299,24 @@ def test_a_stage_takes_its_part_of_safetensors_files(tmp_path: Path) -> None:
     found = joined(stages(artifact, weights=tmp_path))
     assert torch.equal(found["h.2.norm.running_mean"], torch.zeros(16))
     assert len(same(found, model)) == len(model) - 8
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_t5", "hf_llama"])
+def test_what_hugging_face_saves_is_read(
+    name: str, compiled: Callable[[str, int], Compiled], tmp_path: Path
+) -> None:
+    """In shards, and of tied parameters under one name, which is not always the first."""
+    artifact = compiled(name, 2).artifact
+    model: Any = find_model_file(artifact).model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    found = joined(stages(artifact, weights=tmp_path))
+    # The stages have constants of their own.
+    expected = {name: state(model).get(name, found[name]) for name in found}
+    assert same(found, expected) == list(found)
 
 
 def test_other_dtypes_are_converted_and_that_is_said(
