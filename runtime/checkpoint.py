@@ -174,9 +174,11 @@ class Checkpointer:
         sync_folder(beside)
         beside.rename(beside.with_suffix(""))
         sync_folder(self.folder)
-        for old in commits(self.folder)[self.keep :]:
-            gone = old.rename(old.with_suffix(".old"))  # half of it must not pass for a whole
-            shutil.rmtree(gone)
+        # Half of an old one must not pass for a whole: it is renamed before it is removed.
+        old = [p.rename(p.with_suffix(".old")) for p in commits(self.folder)[self.keep :]]
+        sync_folder(self.folder)
+        for path in old:
+            shutil.rmtree(path)
 
     def _tidy(self, own: bool, say: Callable[[str], None]) -> None:
         """Remove what an interrupted run left, and set aside what this one is to write anew."""
