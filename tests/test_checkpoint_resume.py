@@ -15,7 +15,9 @@ from corpus import CORPUS
 from handmade import write_artifact
 from safetensors.torch import load_file
 from test_checkpoint import damage
+from typer.testing import CliRunner
 
+from p2bw.__main__ import app
 from p2bw.compiler.driver import Compiled
 from p2bw.export import export
 from p2bw.launch import run
@@ -296,6 +298,21 @@ def test_an_export_reads_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     said: list[str] = []
     assert export(artifact, out=tmp_path / "out", progress=said.append).step == 3
     assert said[0].endswith("; an earlier checkpoint is used")
+
+
+def test_the_export_command(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    train(artifact, 2, checkpoint_every=2)
+    line = ["export", str(artifact), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, [*line, "--json"])
+    assert said.exit_code == 0
+    told = json.loads(said.stdout)
+    assert told["step"] == 2
+    assert told["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert CliRunner().invoke(app, [*line, "--quiet"]).output == ""
+    assert "54 tensors, " in CliRunner().invoke(app, line).stdout
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "x"), "--out", str(tmp_path / "y")])
+    assert refused.exit_code == 2
 
 
 def test_an_export_needs_the_model_file_of_the_checkpoint(tmp_path: Path) -> None:
