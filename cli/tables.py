@@ -57,6 +57,8 @@ def _title(plan: Plan) -> str:
         f"{model.name} ({model.file}:{model.factory}) in {plan.depth} stages x {plan.width} "
         f"replicas, {plan.schedule}, microbatch {plan.microbatch}, {m} microbatches per update "
         f"(global batch {batch})"
+        f"{f', gradients clipped to norm {plan.clip_norm:g}' if plan.clip_norm else ''}"
+        f"{f', autocast to {model.autocast}' if model.autocast else ''}"
     )
 
 

@@ -39,7 +39,7 @@ def _parse() -> tuple[Job, Options]:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--steps", type=int, required=True, help="weight updates")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--schedule", help="2bw or flush; the plan's by default")
+    parser.add_argument("--schedule", help="2bw, flush, gpipe or stash; the plan's by default")
     parser.add_argument("--microbatches", type=int, help="per update; the plan's by default")
     parser.add_argument("--model", type=Path, help="where the model file is now")
     parser.add_argument("--result", type=Path, metavar="FILE", help="write losses and speed")

@@ -5,7 +5,7 @@ capacity 1. What passes cannot deadlock on any transport that buffers at least a
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from p2bw.runtime.schedule import Action, Channel, Flow, Kind, Pipeline, actions
@@ -43,7 +43,7 @@ def check(pipe: Pipeline) -> Proof:
     with a period of few batches, so a few stand for all.
     """
     few = replace(pipe, batches=min(pipe.batches, pipe.first + 4))
-    return check_actions(few, [tuple(actions(few, stage)) for stage in range(few.depth)])
+    return _check(few, lambda stage: actions(few, stage))
 
 
 def planned_stash(pipe: Pipeline, stage: int) -> int:
@@ -56,30 +56,31 @@ def planned_stash(pipe: Pipeline, stage: int) -> int:
 
 def check_actions(pipe: Pipeline, schedule: Sequence[Sequence[Action]]) -> Proof:
     """Prove the given actions, one sequence per stage, to be a schedule of the pipeline."""
+    return _check(pipe, lambda stage: iter(schedule[stage]))
+
+
+def _check(pipe: Pipeline, schedule: Callable[[int], Iterator[Action]]) -> Proof:
     proofs = {_execute(pipe, schedule, capacity) for capacity in (0, 1)}
     (proof,) = proofs
     return proof
 
 
-def _execute(pipe: Pipeline, schedule: Sequence[Sequence[Action]], capacity: int) -> Proof:
+def _execute(pipe: Pipeline, schedule: Callable[[int], Iterator[Action]], capacity: int) -> Proof:
     m = pipe.microbatches
     start = {c: pipe.first * (1 if c.per_batch else m) for c in pipe.channels}
     posted, sent = dict(start), dict(start)
     stages = [_Stage(pipe, index, posted, sent, capacity) for index in range(pipe.depth)]
-    at = [0] * pipe.depth
+    todo = [schedule(k) for k in range(pipe.depth)]  # made as it is performed: it may be long
+    at = [next(following, None) for following in todo]
     progress = True
     while progress:
         progress = False
-        for stage, todo in zip(stages, schedule, strict=True):
-            while at[stage.index] < len(todo) and stage.ready(todo[at[stage.index]]):
-                stage.perform(todo[at[stage.index]])
-                at[stage.index] += 1
+        for k, stage in enumerate(stages):
+            while (action := at[k]) is not None and stage.ready(action):
+                stage.perform(action)
+                at[k] = next(todo[k], None)
                 progress = True
-    stuck = [
-        f"stage {k} at {todo[done]}"
-        for k, (done, todo) in enumerate(zip(at, schedule, strict=True))
-        if done < len(todo)
-    ]
+    stuck = [f"stage {k} at {action}" for k, action in enumerate(at) if action is not None]
     _must(not stuck, f"deadlock at channel capacity {capacity}: {', '.join(stuck)}")
     for channel in pipe.channels:
         total = pipe.batches * (1 if channel.per_batch else m)
