@@ -286,6 +286,15 @@ def run_command(
         str | None, typer.Option(help="cpu or cuda.  [cuda where there are enough GPUs]")
     ] = None,
     model: ModelPath = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds in which nothing moves that end the run.", metavar="S")
+    ] = 120,
+    max_restarts: Annotated[
+        int, typer.Option(help="So often go on from the last checkpoint after a failure.")
+    ] = 0,
+    slurm: Annotated[
+        Path | None, typer.Option(help="Only write a Slurm batch script.", metavar="FILE")
+    ] = None,
     metrics: Annotated[
         Path | None,
         typer.Option(help="A line of JSON per update.  [DIR/metrics.jsonl]", metavar="FILE"),
@@ -322,6 +331,9 @@ def run_command(
             resume=resume,
             device=device,
             model=model,
+            timeout_s=timeout,
+            max_restarts=max_restarts,
+            slurm=slurm,
             metrics=metrics,
             tensorboard=tensorboard,
             trace=trace,
@@ -329,6 +341,8 @@ def run_command(
         )
         if as_json:
             _print_json(result)
+        elif slurm is not None:
+            typer.echo(f"sbatch {slurm}")
         elif not quiet:
             print_run(result)
 

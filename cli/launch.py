@@ -4,13 +4,16 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,11 +21,12 @@ import torch
 from p2bw.export import export
 from p2bw.modelfile.tensors import writing
 from p2bw.modelfile.weightfiles import WeightFiles
-from p2bw.runtime.errors import P2BWError, UsageError
-from p2bw.runtime.failure import FAILURE_FILE
+from p2bw.runtime.errors import P2BWError, StoppedError, UsageError
+from p2bw.runtime.failure import EXIT_CODES, FAILURE_FILE
 from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.prepare import Prepared, prepare
 from p2bw.runtime.trace import join_parts
+from p2bw.slurm import batch_script
 
 
 def run(
@@ -43,6 +47,8 @@ def run(
     device: str | None = None,
     model: str | Path | None = None,
     timeout_s: float = 120,
+    max_restarts: int = 0,
+    slurm: str | Path | None = None,
     threads: int | None = None,
     metrics: str | Path | None = None,
     tensorboard: str | Path | None = None,
@@ -51,7 +57,9 @@ def run(
 ) -> dict[str, Any]:
     """Train an artifact on this machine: {"losses", "samples_per_s", "utilisation"}.
 
-    Progress and the torchrun line go to stderr. If a rank fails, its error is raised here.
+    Progress and the torchrun line go to stderr. If a rank fails, its error is raised here; after
+    the first `max_restarts` failures the run goes on from its last checkpoint by itself.
+    `slurm`: write a batch script that trains it on a cluster, and do nothing else: {"script"}.
     """
     job = Job(
         artifact=Path(artifact),
@@ -85,10 +93,17 @@ def run(
         trace=Path(trace) if trace else None,
         quiet=quiet,
     )
+    if slurm is not None:
+        if save is not None:
+            raise UsageError("--save does not go with --slurm: p2bw export writes the weights")
+        text = batch_script(job, replace(options, device=device), ranks, Path.cwd(), max_restarts)
+        with writing(Path(slurm)):
+            Path(slurm).write_text(text, encoding="utf-8")
+        return {"script": str(slurm)}
     if save is None:
-        return _start(job, options, ranks)
+        return _start(job, options, ranks, max_restarts)
     with _saved(Path(save), options, job.artifact) as options:
-        return _start(job, options, ranks)
+        return _start(job, options, ranks, max_restarts)
 
 
 @contextmanager
@@ -105,21 +120,26 @@ def _saved(out: Path, options: Options, artifact: Path) -> Iterator[Options]:
     try:
         yield options
         export(folder, out=out, artifact=artifact)
+    except StoppedError:
+        scratch = None  # the run can go on from there
+        raise
     finally:
         if scratch is not None:
             shutil.rmtree(scratch)
 
 
-def _start(job: Job, options: Options, ranks: int) -> dict[str, Any]:
+def _start(job: Job, options: Options, ranks: int, max_restarts: int) -> dict[str, Any]:
     """Run all ranks, and give the result of rank 0."""
     with tempfile.TemporaryDirectory(prefix="p2bw-run-") as scratch:
         result, failure = Path(scratch, "result.json"), Path(scratch, "failure.json")
         if not options.quiet:
-            print(shlex.join(command(job, options, ranks)), file=sys.stderr, flush=True)
-        status = _execute(command(job, replace(options, result=result), ranks), failure)
+            shown = shlex.join(command(job, options, ranks, max_restarts))
+            print(shown, file=sys.stderr, flush=True)
+        line = command(job, replace(options, result=result), ranks, max_restarts)
+        status = _execute(line, failure)
         if options.trace is not None:
             join_parts(options.trace, ranks)  # what the ranks of a run that failed have left
-        if failure.exists():
+        if failure.exists() and status != 0:
             _raise(json.loads(failure.read_text(encoding="utf-8")))
         if status != 0 or not result.exists():
             raise P2BWError(f"torchrun ended with status {status}; what it said is above")
@@ -150,24 +170,53 @@ def _execute(line: list[str], failure: Path) -> int:
     """Run torchrun and pass on what the ranks say, but not its own long words on a failure."""
     environment = os.environ | {FAILURE_FILE: str(failure)}
     environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
-    with subprocess.Popen(
-        line,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
+    # What torchrun passes on to the ranks; of itself it would die of SIGUSR1.
+    environment.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGUSR1")
+    with (
+        subprocess.Popen(
+            line,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C comes here alone
+        ) as process,
+        _passing_on(process) as received,
+    ):
         assert process.stdout is not None
-        try:
-            for text in process.stdout:
-                if not failure.exists():
-                    print(text, end="", file=sys.stderr, flush=True)
-        except BaseException:
-            process.terminate()
-            raise
+        for text in process.stdout:
+            if not failure.exists() and not received:
+                print(text, end="", file=sys.stderr, flush=True)
+    if received and not failure.exists() and process.returncode:
+        error = StoppedError(f"stopped by {received[0].name} before it began")
+        error.exit_code = EXIT_CODES[received[0]]
+        raise error
     return process.returncode
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[str]) -> Iterator[list[signal.Signals]]:
+    """Pass signals on, so that the ranks save and leave; Ctrl-C a second time ends them at once."""
+    received: list[signal.Signals] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if received.count(signal.SIGINT) and number == signal.SIGINT:
+            process.kill()
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number))
+        process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():  # cannot have handlers
+        yield received
+        return
+    before = {number: signal.signal(number, pass_on) for number in EXIT_CODES}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _raise(record: dict[str, Any]) -> None:

@@ -48,6 +48,17 @@ def fail(error: BaseException, place: Place, store: Store | None) -> NoReturn:
     os._exit(first["exit_code"])
 
 
+def restarted(place: Place, run: Store) -> str:
+    """Why torchrun has started all ranks anew; StoppedError if they were to stop."""
+    if run.check(["stopped"]):
+        raise StoppedError("not restarted, as the run was asked to stop")
+    if place.local_rank == 0 and FAILURE_FILE in os.environ:
+        Path(os.environ[FAILURE_FILE]).unlink(missing_ok=True)
+    before = within(run, place.attempt - 1)
+    why = json.loads(before.get("failure"))["message"] if before.check(["failure"]) else "a death"
+    return f"restart {place.attempt} of {os.environ['TORCHELASTIC_MAX_RESTARTS']} after {why}"
+
+
 def _leave_record(record: Mapping[str, Any]) -> bool:
     """Leave the first error for `p2bw run` to raise; false if it did not start this rank."""
     name = os.environ.get(FAILURE_FILE)

@@ -40,8 +40,15 @@ class Options:
     trace: Path | None = None
 
 
-def command(job: Job, options: Options, ranks: int | str) -> list[str]:
-    """The torchrun line of a job on one machine: whatever differs from the defaults, as flags."""
+def command(job: Job, options: Options, ranks: int | str, max_restarts: int = 0) -> list[str]:
+    """The torchrun line of a job on one machine."""
+    restarts = ["--max-restarts", str(max_restarts)] if max_restarts else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *restarts]
+    return [*launcher, "--nproc-per-node", str(ranks), *arguments(job, options)]
+
+
+def arguments(job: Job, options: Options) -> list[str]:
+    """What torchrun is to start: whatever differs from the defaults, as flags."""
     default = asdict(Job(artifact=job.artifact, steps=job.steps)) | asdict(Options())
     given = {
         name: value
@@ -50,9 +57,7 @@ def command(job: Job, options: Options, ranks: int | str) -> list[str]:
     }
     flags = {FLAGS.get(name, "--" + name.replace("_", "-")): v for name, v in given.items()}
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), "-m", "p2bw.runtime", str(job.artifact)),
-        *("--steps", str(job.steps)),
+        *("-m", "p2bw.runtime", str(job.artifact), "--steps", str(job.steps)),
         *(str(part) for flag in flags.items() for part in flag),
         *(["--quiet"] if options.quiet else []),
     ]

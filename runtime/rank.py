@@ -13,7 +13,7 @@ from p2bw.modelfile.turns import taking_turns
 from p2bw.runtime.artifact import digests
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.errors import MismatchError, PeerError, UsageError
-from p2bw.runtime.failure import Stop, Watchdog
+from p2bw.runtime.failure import Stop, Watchdog, restarted
 from p2bw.runtime.job import Job, Options
 from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
@@ -69,10 +69,12 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
             f"{job.artifact} is a plan for {prepared.plan.ranks} ranks, torchrun started "
             f"{place.world}; use --nproc-per-node {prepared.plan.ranks} on one machine"
         )
-    compare_ranks(prepared, place, store)
+    compare_ranks(prepared, options, place, store)
     device = choose_device(options.device, place)
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
+    if place.attempt:
+        report.say(restarted(place, run))
     turn = None  # whoever reads its part of a file waits for nobody
     if job.weights is None:
         width = prepared.plan.width
@@ -107,7 +109,7 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
             join_parts(options.trace, place.world)
     if worker.step < prepared.pipeline.batches:
         meet(place, store, "stopped")
-        cure = f"--resume {saver.last}" if saver else "nothing is saved without --checkpoint"
+        cure = f"--resume {saver.last}" if saver else "not saved, for want of --checkpoint"
         where = f"after step {worker.step} of {prepared.pipeline.batches}"
         raise watchdog.stopped(f"{where}; {cure}")
     utilisation = gather_utilisation(busy_s, elapsed_s, place, store)
@@ -166,16 +168,18 @@ def join(device: torch.device, timeout_s: float, place: Place, store: Store) -> 
     )
 
 
-def compare_ranks(prepared: Prepared, place: Place, store: Store) -> None:
+def compare_ranks(prepared: Prepared, options: Options, place: Place, store: Store) -> None:
     """Refuse to start unless all ranks have the same artifact, model file, torch and options."""
-    job = asdict(prepared.job)
+    told = asdict(prepared.job) | {
+        "checkpoint-every": options.checkpoint_every,
+        "checkpoint": options.checkpoint is not None,  # where it is may differ
+        "resume": options.resume,
+    }
     own = digests(prepared.job.artifact, prepared.plan) | {
         "torch": torch.__version__,
-        **{
-            f"--{key}": str(job[key])
-            for key in ("steps", "seed", "schedule", "microbatches", "init", "weights")
-        },
+        **{f"--{k.replace('_', '-')}": str(v) for k, v in told.items()},
     }
+    del own["--artifact"], own["--model"]  # the same bytes, maybe at other places
     store.set(f"digests/{place.rank}", json.dumps(own))
     if place.rank == 0:
         verdict = ""
