@@ -92,7 +92,7 @@ def node_size(plan: Mapping[str, Any]) -> int | None:
     if "node" not in names and len(levels) < 2:
         return None
     end = names.index("node") + 1 if "node" in names else len(levels) - 1
-    return math.prod(level["size"] for level in levels[:end])
+    return int(math.prod(level["size"] for level in levels[:end]))
 
 
 def _lines(words: Sequence[str]) -> str:
