@@ -74,7 +74,7 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
     if place.attempt:
-        report.say(restarted(place, run))
+        report.note(restarted(place, run))
     turn = None  # whoever reads its part of a file waits for nobody
     if job.weights is None:
         width = prepared.plan.width

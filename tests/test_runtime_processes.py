@@ -17,7 +17,7 @@ from test_runtime import differences
 from p2bw.launch import run
 from p2bw.runtime.artifact import find_model_file
 from p2bw.runtime.errors import MismatchError, P2BWError, UsageError
-from p2bw.runtime.job import Job
+from p2bw.runtime.job import Job, Options
 from p2bw.runtime.local import Trained
 from p2bw.runtime.place import Place
 from p2bw.runtime.plan import read_plan
@@ -172,25 +172,39 @@ def test_what_is_wrong_with_the_files_is_said_before_anything_starts(tmp_path: P
 
 
 def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
-    """Each rank looks at its own artifact, as on two machines."""
-    store = dist.HashStore()
-    said: list[str] = []
-
-    def rank(number: int, artifact: Path) -> None:
-        try:
-            compare_ranks(
-                prepare(Job(artifact=artifact, steps=1)), Place(number, 2, 0, 1, 0), store
-            )
-        except MismatchError as error:
-            said.append(str(error))
-
+    """Each rank looks at its own artifact and command, as on two machines."""
     same, other = (write_artifact(tmp_path / name, depth=2) for name in "ab")
     stage = other / "stages" / "stage_1.py"
     stage.write_text(stage.read_text() + "# edited here only\n")
-    threads = [threading.Thread(target=rank, args=a) for a in ((0, same), (1, other))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert said == [said[0]] * 2
-    assert "rank 1 differs from rank 0 in stages/stage_1.py" in said[0]
+
+    def verdicts(*given: tuple[Job, Options]) -> list[str]:
+        store = dist.HashStore()
+        said: list[str] = []
+
+        def rank(number: int, job: Job, options: Options) -> None:
+            try:
+                compare_ranks(prepare(job), options, Place(number, 2, 0, 1, 0), store)
+            except MismatchError as error:
+                said.append(str(error))
+
+        threads = [threading.Thread(target=rank, args=(n, *one)) for n, one in enumerate(given)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return said
+
+    job, options = Job(artifact=same, steps=2), Options()
+    moved = Job(artifact=write_artifact(tmp_path / "moved", depth=2), steps=2)
+    assert verdicts((job, options), (moved, Options(threads=2, checkpoint=None))) == []
+    for theirs, own in (
+        ((Job(artifact=other, steps=2), options), "stages/stage_1.py"),
+        ((Job(artifact=same, steps=2, clip_norm=1.0), options), "--clip-norm"),
+        ((Job(artifact=same, steps=2, seed=1), options), "--seed"),
+        ((job, Options(checkpoint=tmp_path)), "--checkpoint"),
+        ((job, Options(checkpoint_every=3)), "--checkpoint-every"),
+        ((job, Options(resume="last")), "--resume"),
+    ):
+        said = verdicts((job, options), theirs)
+        assert said == [said[0]] * 2
+        assert f"rank 1 differs from rank 0 in {own};" in said[0]

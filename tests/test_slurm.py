@@ -95,6 +95,7 @@ def test_a_node_is_as_large_as_the_topology_says(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_job_whose_time_is_up_goes_on_when_it_is_requeued(tmp_path: Path) -> None:
     artifact = on_two_nodes(write_artifact(tmp_path / "a", depth=2))
     commands = tmp_path / "bin"
@@ -116,16 +117,16 @@ def test_a_job_whose_time_is_up_goes_on_when_it_is_requeued(tmp_path: Path) -> N
         )
 
     with submit(steps=1_000_000) as job:
-        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 90)
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 150)
         job.send_signal(signal.SIGUSR1)
-        said = job.communicate(timeout=90)[1]
+        said = job.communicate(timeout=150)[1]
     assert job.returncode != 0
     assert (tmp_path / "requeued").exists(), said
     assert said.count("stopped by SIGUSR1 after step") == 1
     (saved,) = (artifact / "checkpoints").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     with submit(steps=step + 2) as job:
-        said = job.communicate(timeout=90)[1]
+        said = job.communicate(timeout=150)[1]
     assert job.returncode == 0, said
     assert f"going on from {saved}, after step {step}" in said
     assert len(metrics.read_text().splitlines()) == step + 2
