@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 from p2bw.runtime.errors import P2BWError, PeerError, StoppedError
 from p2bw.runtime.place import Place, Store, within
 from p2bw.runtime.plan import Plan
-from p2bw.runtime.schedule import Action, Flow, Kind
+from p2bw.runtime.schedule import Action, Kind
 
 FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: StoppedError.exit_code}
@@ -205,7 +205,7 @@ class Watchdog:
             "action": "its start or end" if at is None else str(at),
             "for_s": 0.0 if at is None else time.monotonic() - self.since_s,
             "line": _line(),
-            "waits": "" if waits is None else "{1} with {0}".format(*self._message(waits)),
+            "waits": "" if waits is None else self._message(waits),
         }
 
     def _name(self, stage: int | None = None) -> str:
@@ -216,22 +216,21 @@ class Watchdog:
         stage = own if stage is None else stage
         return f"rank {self.plan.stages[stage].devices[replica]} (stage {stage})"
 
-    def _message(self, action: Action) -> tuple[str, str]:
-        """A receive, send or sum over replicas: the peer, and what is to come from or go to it."""
+    def _message(self, action: Action) -> str:
+        """What a receive, a send or a sum over replicas is about."""
         channel = action.channel
         if channel is None:
-            return "the other replicas", f"the sum of batch {action.index}"
-        unit = "microbatch" if channel.flow in (Flow.ACTIVATION, Flow.GRADIENT) else "batch"
-        peer = channel.target if action.kind is Kind.SEND else channel.source
-        return self._name(peer), f"{channel.flow} {channel.tensor} of {unit} {action.index}"
+            return f"the sum of batch {action.index} over the replicas"
+        unit = "batch" if channel.per_batch else "microbatch"
+        what = f"{channel.flow} {channel.tensor} of {unit} {action.index}"
+        if action.kind is Kind.SEND:
+            return f"{self._name(channel.target)} to take {what}"
+        return f"{what} from {self._name(channel.source)}"
 
     def blame(self, error: PeerError) -> PeerError:
-        """Name the peer and the message of an error inside the transport."""
+        """Say which message failed, too."""
         waits = self.worker.waits if self.worker else None
-        if waits is None:
-            return error
-        peer, what = self._message(waits)
-        return PeerError(f"{what}: {peer} is gone (killed, or its machine failed): {error}")
+        return PeerError(f"waiting for {self._message(waits)}: {error}") if waits else error
 
     def _listen_to(self, ranks: Sequence[int]) -> None:
         for rank, status in zip(ranks, self._read(ranks), strict=True):

@@ -252,8 +252,8 @@ def _blaming(channel: Channel, stage: int, peer: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        fact = f"{channel}: no contact with stage {stage} (rank {peer})"
-        raise PeerError(f"{fact}: {_reason(error)}") from None
+        fact = f"rank {peer} (stage {stage}) is gone (killed, or its machine failed)"
+        raise PeerError(f"{channel}: {fact}: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:

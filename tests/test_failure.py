@@ -46,7 +46,7 @@ def kill_and_resume(tmp_path: Path, rank: int, where: str, committed: int) -> No
         codes = ranks.exit_codes()
         assert codes == [-9 if r == rank else 75 for r in range(DEPTH)], log.read_text()
         (said,) = (line for line in ranks.said() if line.startswith("p2bw: rank"))
-        assert f"rank {rank} (stage {rank}) is gone" in said
+        assert f"rank {rank} (stage {rank}) is gone" in said, said
     newest = [path.name for path in commits(tmp_path / "saved")[:1]]
     assert newest == [f"step-{committed:08}"] * (committed > 0)
     with Ranks(DEPTH, flags(artifact), log=log) as ranks:
