@@ -21,10 +21,12 @@ import torch
 from p2bw.export import export
 from p2bw.modelfile.tensors import writing
 from p2bw.modelfile.weightfiles import WeightFiles
+from p2bw.runtime.check import planned_stash
 from p2bw.runtime.errors import P2BWError, StoppedError, UsageError
 from p2bw.runtime.failure import EXIT_CODES, FAILURE_FILE
 from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.prepare import Prepared, prepare
+from p2bw.runtime.schedule import make_pipeline
 from p2bw.runtime.trace import join_parts
 from p2bw.slurm import batch_script
 
@@ -148,21 +150,25 @@ def _start(job: Job, options: Options, ranks: int, max_restarts: int) -> dict[st
 
 
 def _too_full(prepared: Prepared) -> Iterator[str]:
-    """A warning, if clipping that the plan does not know of may need more memory than there is."""
-    planned = prepared.plan.width > 1 or prepared.plan.clip_norm is not None
-    if planned or not prepared.pipeline.late:
-        return
-    plan = json.loads((prepared.job.artifact / "plan.json").read_text(encoding="utf-8"))
-    full = [
-        str(stage["index"])
-        for stage in plan["stages"]
-        if (memory := stage.get("memory"))
-        and memory["total"] + memory["gradients"] > memory["limit"]
-    ]
+    """A warning, if what differs from the plan may need more memory than there is."""
+    plan, now = prepared.plan, prepared.pipeline
+    then = make_pipeline(plan, batches=now.batches, clipped=plan.clip_norm is not None)
+    read = json.loads((prepared.job.artifact / "plan.json").read_text(encoding="utf-8"))
+    full = []
+    for k, memory in enumerate(stage.get("memory") for stage in read["stages"]):
+        growth = {
+            "weights": now.copies(k) / then.copies(k),
+            "gradients": (1 + now.late) / (1 + then.late),
+            "stash": planned_stash(now, k) / planned_stash(then, k),
+        }
+        if memory and max(growth.values()) > 1:
+            needs = memory["total"] + sum(memory[kind] * (by - 1) for kind, by in growth.items())
+            full += [str(k)] if needs > memory["limit"] else []
     if full:
         yield (
-            f"p2bw: the plan was made without --clip-norm, and with a second set of gradients its "
-            f"stages {', '.join(full)} may run out of memory; compile with --clip-norm"
+            f"p2bw: stages {', '.join(full)} may run out of memory: they were planned for "
+            f"{plan.schedule}, {plan.microbatches_per_update} microbatches per update and "
+            f"{'' if plan.clip_norm else 'no '}clipping; compile with what the run is given"
         )
 
 

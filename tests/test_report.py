@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from handmade import write_artifact
 
+from p2bw import launch
 from p2bw.launch import run
 from p2bw.runtime import report as report_module
 from p2bw.runtime import trace as trace_module
@@ -192,23 +193,39 @@ def test_a_run_that_fails_leaves_its_trace(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "t.json"]
 
 
-def test_clipping_that_the_plan_does_not_know_of_is_warned_of(
+def test_a_run_that_needs_more_memory_than_planned_is_warned_of(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Both stages have 50 bytes of gradients; stage 0 stashes 40 for 2 in flight, 1 for 1."""
     artifact = write_artifact(tmp_path / "a", depth=2)
     plan = json.loads((artifact / "plan.json").read_text())
-    for stage, total in zip(plan["stages"], (80, 91), strict=True):
-        stage["memory"] = {"total": total, "gradients": 10, "limit": 100}
-    for planned, warned in ((None, True), (1.0, False)):
+    for stage, stash in zip(plan["stages"], (40, 1), strict=True):
+        memory = {"total": 400, "weights": 100, "gradients": 50, "stash": stash, "limit": 449}
+        stage["memory"] = memory
+
+    def warned(planned: float | None, **given: Any) -> str:
         (artifact / "plan.json").write_text(json.dumps(plan | {"clip_norm": planned}))
-        run(artifact, steps=1, clip_norm=2.0, quiet=True)
-        assert (
-            "a second set of gradients its stages 1 may run" in capfd.readouterr().err
-        ) == warned
-    line = json.loads((artifact / "metrics.jsonl").read_text())
-    assert line["grad_norm"] > 0
-    run(artifact, steps=1, quiet=True)  # the plan's
-    assert json.loads((artifact / "metrics.jsonl").read_text())["grad_norm"] == line["grad_norm"]
+        prepared = prepare(Job(artifact=artifact, steps=1, **given))
+        return "".join(launch._too_full(prepared))
+
+    assert warned(None) == warned(1.0, clip_norm=2.0) == ""
+    assert warned(None, schedule="flush", clip_norm=2.0) == ""
+    assert "stages 0, 1 may run out of memory" in warned(None, clip_norm=2.0)
+    assert "2bw, 2 microbatches per update and no clipping" in warned(None, clip_norm=2.0)
+    assert warned(None, schedule="gpipe", microbatches=4) == ""  # one version less
+    assert "stages 0 may run" in warned(None, schedule="gpipe", microbatches=8)  # 120 more, 50 less
+    plan["stages"][0]["memory"] = None  # written by hand
+    assert "stages 1 may run" in warned(None, clip_norm=2.0)
+    run(artifact, steps=1, clip_norm=2.0, quiet=True)
+    assert "stages 1 may run out of memory" in capfd.readouterr().err
+
+
+def test_the_plans_norm_is_clipped_to(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    plan = json.loads((artifact / "plan.json").read_text())
+    (artifact / "plan.json").write_text(json.dumps(plan | {"clip_norm": 1.0}))
+    run(artifact, steps=1, quiet=True)
+    assert json.loads((artifact / "metrics.jsonl").read_text())["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 5.0, -7200.0])
