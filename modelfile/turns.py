@@ -94,17 +94,27 @@ def taking_turns(
     size = sum(tensor.nbytes for tensor in (*stage.parameters(), *stage.buffers()))
     store.set(f"room/{place.rank}", dumps(asdict(Room(*read_memory(), place.local_world, size))))
     if place.rank == 0:
-        rooms = [Room(**loads(store.get(f"room/{rank}"))) for rank in range(place.world)]
+        rooms = [Room(**loads(_wait_for(store, f"room/{rank}"))) for rank in range(place.world)]
         chosen = choose_start(asked, seed, width, rooms)
         store.set("start", dumps(asdict(chosen)))
         if say:
             print(chosen, file=sys.stderr, flush=True)
-    start = Start(**loads(store.get("start")))
-    if start.init == "whole" and 0 < start.at_once <= place.local_rank:
-        while not store.check([f"built/{place.rank - start.at_once}"]):  # on the same host
-            time.sleep(_POLL_S)
+    start = Start(**loads(_wait_for(store, "start")))
+    turns = start.init == "whole" and start.at_once > 0
+    if turns and place.local_rank >= start.at_once:
+        _wait_for(store, f"built/{place.rank - start.at_once}")  # a rank of the same host
     yield start.init
-    store.set(f"built/{place.rank}", "")
+    store.set(f"built/{place.rank}", "done")
+    if turns:  # which takes as long as it takes: nobody gives up on the others meanwhile
+        for rank in range(place.world):
+            _wait_for(store, f"built/{rank}")
+
+
+def _wait_for(store: Store, key: str) -> bytes:
+    """A key's value; meanwhile other threads can use the store."""
+    while not store.check([key]):
+        time.sleep(_POLL_S)
+    return store.get(key)
 
 
 def read_memory() -> tuple[int, int]:

@@ -493,10 +493,12 @@ print(json.dumps({"peak": resident("VmHWM:") - before, "stage": size}))
 """
 
 
-def peaks(artifact: Path, depth: int, init: str, weights: str = "") -> list[dict[str, int]]:
-    """Of each rank, in bytes: its stage's weights, and how much its memory has grown at most."""
+def peaks(
+    artifact: Path, stages: Iterable[int], init: str, weights: str = ""
+) -> list[dict[str, int]]:
+    """Of some ranks, in bytes: a stage's weights, and how much its memory has grown at most."""
     found = []
-    for stage in range(depth):
+    for stage in stages:
         line = [sys.executable, "-c", PEAK, str(artifact), str(stage), init, weights]
         done = subprocess.run(line, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
@@ -514,19 +516,19 @@ def check_peaks(folder: Path, layers: int, width: int) -> None:
             out=folder / "artifact",
         ).artifact
     )
-    modules = peaks(artifact, 4, "modules")
+    modules = peaks(artifact, range(4), "modules")
     model = sum(rank["stage"] for rank in modules)
     most = 2 * 4 * 4 * width**2 + (16 << 20)  # the largest matrix, made and copied; and Python
     for rank in modules:
         assert rank["peak"] < rank["stage"] + most < 0.45 * model, modules
-    (whole,) = peaks(artifact, 1, "whole")  # the same question has another answer
+    (whole,) = peaks(artifact, [0], "whole")  # the same question has another answer
     assert whole["peak"] > model
     file = find_model_file(artifact)
     save_file(
         {name: tensor.detach() for name, tensor in file.model().named_parameters()},
         folder / "model.safetensors",
     )
-    read = peaks(artifact, 4, "auto", str(folder / "model.safetensors"))
+    read = peaks(artifact, [0, 2], "auto", str(folder / "model.safetensors"))
     for rank in read:
         assert rank["peak"] < rank["stage"] + most, read
 
@@ -538,6 +540,7 @@ def test_no_rank_ever_holds_more_than_its_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_of_a_larger_model_ever_holds_more_than_its_stage(tmp_path: Path) -> None:
     """1.6 GB in four stages."""
