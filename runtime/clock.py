@@ -22,7 +22,7 @@ class Clock:
         self.on_gpu = device.type == "cuda"
         self.record = record
         self.summed_s = 0.0
-        self.pending: deque[tuple[Action | None, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.pending: deque[tuple[Action, torch.cuda.Event, torch.cuda.Event]] = deque()
         if self.on_gpu:  # a point that both clocks know: the last that has been taken
             self.known = torch.cuda.Event(True)  # type: ignore[no-untyped-call]
             self.known.record()
@@ -30,7 +30,7 @@ class Clock:
             self.known_s = time.perf_counter()
 
     @contextmanager
-    def computing(self, action: Action | None = None) -> Iterator[None]:
+    def computing(self, action: Action) -> Iterator[None]:
         if not self.on_gpu:
             start_s = time.perf_counter()
             yield
@@ -57,7 +57,7 @@ class Clock:
         self.known, self.known_s = end, end_s
         self._add(action, start_s, end_s)
 
-    def _add(self, action: Action | None, start_s: float, end_s: float) -> None:
+    def _add(self, action: Action, start_s: float, end_s: float) -> None:
         self.summed_s += end_s - start_s
-        if self.record is not None and action is not None:
+        if self.record is not None:
             self.record(action, start_s, end_s)

@@ -64,6 +64,16 @@ def test_a_resumed_run_keeps_its_lines_and_a_new_one_does_not(tmp_path: Path) ->
     assert steps(path) == []
 
 
+def test_metrics_go_on_where_the_run_does(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    first = run(artifact, steps=3, checkpoint_every=2, quiet=True)
+    again = run(artifact, steps=5, checkpoint_every=2, resume="last", quiet=True)
+    assert steps(artifact / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    lines = (artifact / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses == first["losses"] + again["losses"]
+
+
 def test_an_infinite_norm_is_no_json(tmp_path: Path) -> None:
     report = make_report(tmp_path)
     report.open(Options(metrics=tmp_path / "deep" / "m.jsonl"), done=0)
