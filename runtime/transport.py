@@ -3,10 +3,10 @@
 import math
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from p2bw.runtime.errors import PeerError
 from p2bw.runtime.plan import TensorSpec
 from p2bw.runtime.schedule import Channel, Flow
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class Arrival(Protocol):
@@ -55,8 +57,8 @@ class DistributedTransport:
     that look at strides would give other bits than the unsplit model.
 
     Sends are waited for by the next send on the same channel alone, when the predecessor has long
-    arrived: receives are posted as far ahead as the schedule's check demands. (What gloo sends is
-    not `is_completed` before it is waited for; that costs some microseconds.)
+    arrived: receives are posted as far ahead as the schedule's check demands. (Gloo's sends cannot
+    be polled: they are not `is_completed` before a wait. That one takes some microseconds.)
     """
 
     def __init__(
@@ -96,17 +98,19 @@ class DistributedTransport:
         spec = self.specs[channel]
         if channel not in self.headers and len(spec.shape) > 1:
             header = self._buffer(8 * len(spec.shape))
-            self.headers[channel] = header, self._receive(channel, header, header=1)
-        buffer = self._buffer(math.prod(spec.shape) * spec.dtype.itemsize)
-        work = self._receive(channel, buffer, header=0) if buffer.numel() else None
-        return _Message(self, channel, buffer, work)
+            work = self._start(dist.irecv, header, channel, channel.source, header=1)
+            self.headers[channel] = header, work
+        data = self._buffer(math.prod(spec.shape) * spec.dtype.itemsize)
+        if not data.numel():
+            return _Message(self, channel, data, None)
+        work = self._start(dist.irecv, data, channel, channel.source, header=0)
+        return _Message(self, channel, data, work)
 
     def order(self, channel: Channel) -> list[int]:
         """The order in memory of the dimensions of the tensors that a channel brings."""
         if channel not in self.orders:
-            if channel not in self.headers:
-                self.orders[channel] = [*range(len(self.specs[channel].shape))]
-            else:
+            self.orders[channel] = [*range(len(self.specs[channel].shape))]
+            if channel in self.headers:
                 header, work = self.headers[channel]
                 self.wait(channel, channel.source, work)
                 self.orders[channel] = header.view(torch.int64).tolist()
@@ -128,23 +132,21 @@ class DistributedTransport:
             return torch.empty(size, dtype=torch.uint8, device=self.device)
         return self.blocks.take(size)
 
-    def _receive(self, channel: Channel, buffer: Tensor, header: int) -> dist.Work:
-        peer, tag = self.peers[channel.source], self.tags[channel] + header
-        with _blaming(channel, channel.source, peer):
-            work = dist.irecv(buffer, peer, group=self.groups.get(_lane(channel)), tag=tag)
-        assert work is not None
-        return work
-
     def _send(self, channel: Channel, packed: Tensor, header: int) -> None:
-        if not packed.numel():
-            return
-        part = packed.view(-1).view(torch.uint8)
-        part = part if self.direct else part.cpu()
-        peer, tag = self.peers[channel.target], self.tags[channel] + header
-        with _blaming(channel, channel.target, peer):
-            work = dist.isend(part, peer, group=self.groups.get(_lane(channel)), tag=tag)
-        assert work is not None
-        self.sending.setdefault(channel, []).append((work, part))
+        if packed.numel():
+            data = packed.view(-1).view(torch.uint8)
+            data = data if self.direct else data.cpu()
+            work = self._start(dist.isend, data, channel, channel.target, header)
+            self.sending.setdefault(channel, []).append((work, data))
+
+    def _start(
+        self, move: Callable[..., Any], data: Tensor, channel: Channel, stage: int, header: int
+    ) -> dist.Work:
+        """Begin to move data from or to a stage."""
+        group, tag = self.groups.get(_lane(channel)), self.tags[channel] + header
+        with _blaming(channel, stage, self.peers[stage]):
+            work: dist.Work = move(data, self.peers[stage], group=group, tag=tag)
+        return work
 
     def _wait_for_sends(self, channel: Channel) -> None:
         for work, _ in self.sending.pop(channel, ()):  # only once: the second time gloo hangs
@@ -184,7 +186,7 @@ class _Blocks:
     def take(self, size: int) -> Tensor:
         blocks = self.leased.setdefault(size, [])
         free = next((i for i, (_, lease) in enumerate(blocks) if lease() is None), len(blocks))
-        block = blocks[free][0] if free < len(blocks) else mmap.mmap(-1, size)
+        block = blocks[free][0] if free < len(blocks) else mmap.mmap(-1, size, _PRIVATE)
         lease = memoryview(block)
         blocks[free : free + 1] = [(block, ref(lease))]
         return torch.frombuffer(lease, dtype=torch.uint8)
@@ -196,14 +198,14 @@ class _Message:
 
     transport: DistributedTransport
     channel: Channel
-    buffer: Tensor
+    data: Tensor
     work: dist.Work | None
 
     def wait(self) -> Tensor:
         transport, spec = self.transport, self.transport.specs[self.channel]
         if self.work is not None:
             transport.wait(self.channel, self.channel.source, self.work)
-        tensor = self.buffer.to(transport.device).view(spec.dtype)
+        tensor = self.data.to(transport.device).view(spec.dtype)
         order = transport.order(self.channel)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return tensor.view([spec.shape[d] for d in order]).permute(inverse)

@@ -133,7 +133,7 @@ def test_a_buffer_is_used_again_but_never_while_a_tensor_lies_in_it(rank: int) -
     assert not {kept.data_ptr(), seen} & set(places)
     weight.grad = None
     assert seen in {take().data_ptr(), take().data_ptr()} | {
-        message.buffer.data_ptr()
+        message.data.data_ptr()
         for message in ahead  # type: ignore[attr-defined]
     }
 
