@@ -35,9 +35,9 @@ class Disk:
             raise Crash
         self.operations += 1
 
-    def lose_power(self, *, names: bool) -> None:
-        """Forget contents that were not synced; names too, as a file system may or may not."""
-        for _, undo in reversed(self.names if names else []):
+    def lose_power(self, names: slice) -> None:
+        """Forget contents that were not synced, and some of the names, in the order of change."""
+        for _, undo in reversed(self.names[names]):
             undo()
         inodes = self.inodes()
         for inode in self.unsynced:
