@@ -570,6 +570,7 @@ def test_at_every_moment_of_a_save_a_crash_leaves_whole_checkpoints(
         if names is not None:
             disk.lose_power(names)
         paths = commits(ranks.folder)
+        assert paths
         for path in paths:
             ranks.check(ranks.find(str(path))[0], int(path.name[5:]))
         if not disk.dead:
