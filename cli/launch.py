@@ -138,6 +138,9 @@ def _start(job: Job, options: Options, ranks: int, max_restarts: int) -> dict[st
             shown = shlex.join(command(job, options, ranks, max_restarts))
             print(shown, file=sys.stderr, flush=True)
         line = command(job, replace(options, result=result), ranks, max_restarts)
+        # What torchrun is to pass on to the ranks; of itself it would die of SIGUSR1.
+        signals = ",".join(number.name for number in EXIT_CODES)
+        line.insert(line.index("--standalone"), f"--signals-to-handle={signals}")
         status = _execute(line, failure)
         if options.trace is not None:
             join_parts(options.trace, ranks)  # what the ranks of a run that failed have left
@@ -176,8 +179,6 @@ def _execute(line: list[str], failure: Path) -> int:
     """Run torchrun and pass on what the ranks say, but not its own long words on a failure."""
     environment = os.environ | {FAILURE_FILE: str(failure)}
     environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
-    # What torchrun passes on to the ranks; of itself it would die of SIGUSR1.
-    environment.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGUSR1")
     with (
         subprocess.Popen(
             line,

@@ -23,12 +23,14 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: StoppedEr
 
 _POLL_S = 0.3
 _SILENT = 17  # polls without a sign of life (5 s) are too many; counted, as this rank may sleep too
+_LEAVE_S = 2  # so long a rank may take to say why it leaves
 _leaving = threading.Lock()
 
 
 def fail(error: BaseException, place: Place, store: Store | None) -> NoReturn:
     """Say once, for all ranks, what failed first; then leave at once, as peers may never answer."""
-    _leaving.acquire()  # one thread of a rank is enough; it never comes back
+    if not _leaving.acquire(timeout=_LEAVE_S):  # by another thread, caught by a dead store
+        os._exit(PeerError.exit_code)
     known = isinstance(error, P2BWError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     record: dict[str, Any] = {
@@ -239,7 +241,7 @@ class Watchdog:
                 self.heard[rank] = status["polls"], self.polls
             elif self.polls - when > _SILENT:
                 if status["agent"] == os.environ.get("GROUP_RANK") is not None:
-                    os.kill(status["pid"], signal.SIGKILL)  # or torchrun waits 30 s for it
+                    _kill_sibling(status["pid"])  # or torchrun waits 30 s for it
                 raise PeerError(
                     f"{status['name']} is gone (frozen, killed, or its machine or network failed):"
                     f" no sign of life for {_SILENT * _POLL_S:.0f} s, in {status['action']}"
@@ -279,6 +281,14 @@ class Watchdog:
         elif self.polls - self.asked > _SILENT:
             missing = [key.removeprefix("allowed/") for key in keys if not self.store.check([key])]
             raise PeerError(f"ranks {', '.join(missing)} did not answer: gone?")
+
+
+def _kill_sibling(pid: int) -> None:
+    """Kill a frozen rank of this machine, if that is still what has this process id."""
+    with suppress(OSError):
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        if parent == str(os.getppid()):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _line() -> str:

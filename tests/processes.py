@@ -64,6 +64,9 @@ class Ranks:
     def exit_codes(self, timeout_s: float = 120) -> list[int | None]:
         """When all ranks have ended, which they must after the first within ten seconds."""
         wait_until(lambda: any(rank.exitcode is not None for rank in self.ranks), timeout_s)
+        if any(rank.exitcode for rank in self.ranks):
+            for rank in self.ranks:
+                rank.terminate()  # as torchrun does
         wait_until(lambda: all(rank.exitcode is not None for rank in self.ranks), 10)
         return [rank.exitcode for rank in self.ranks]
 

@@ -3,18 +3,22 @@
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from handmade import write_artifact
-from processes import Ranks, saved_states, wait_until
+from processes import Ranks, alive, children, saved_states, wait_until
 
+from p2bw.launch import run
 from p2bw.modelfile.checkpoint import commits, open_checkpoint
 from p2bw.runtime.failure import Stop
-from p2bw.runtime.job import Job
+from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.local import train_in_threads
 
 DEPTH, M, STEPS, EVERY = 3, 3, 10, 4
@@ -47,10 +51,13 @@ def kill_and_resume(tmp_path: Path, rank: int, where: str, committed: int) -> No
         assert codes == [-9 if r == rank else 75 for r in range(DEPTH)], log.read_text()
         (said,) = (line for line in ranks.said() if line.startswith("p2bw: rank"))
         assert f"rank {rank} (stage {rank}) is gone" in said, said
-    newest = [path.name for path in commits(tmp_path / "saved")[:1]]
-    assert newest == [f"step-{committed:08}"] * (committed > 0)
+    newest = commits(tmp_path / "saved")[:1]  # the thread that saves may not have come to the last
+    assert all(path.name <= f"step-{committed:08}" for path in newest)
     with Ranks(DEPTH, flags(artifact), log=log) as ranks:
         assert ranks.exit_codes() == [0] * DEPTH, log.read_text()
+        went_on = [line for line in ranks.said() if "going on from" in line]
+    assert len(went_on) == len(newest)
+    assert all(f"from {path}, after" in line for path, line in zip(newest, went_on, strict=True))
     assert_equal_to_a_run_without_failures(artifact)
 
 
@@ -81,12 +88,13 @@ def test_forty_kills_at_random_times_lose_nothing(tmp_path: Path) -> None:
     step = 0
     for _ in range(40):
         with Ranks(DEPTH, flags(artifact, 1_000_000), log=log) as ranks:
-            time.sleep(dice.uniform(0.1, 4))
+            time.sleep(dice.uniform(0.1, 3))
             newest = commits(saved)[:1]
             victim = dice.randrange(DEPTH)
             ranks.kill(victim)
             codes = ranks.exit_codes()
-            assert codes == [-9 if r == victim else 75 for r in range(DEPTH)], log.read_text()
+            assert codes.pop(victim) == -9
+            assert {*codes} <= {75, -15}, log.read_text()  # -15: torchrun's, before it was ready
         if newest:
             assert commits(saved)[0].name >= newest[0].name
         for path in commits(saved):
@@ -159,6 +167,68 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_batch(
     assert newest.name == f"step-{step:08}"
     assert found[2] == str(newest)
     assert_equal_to_a_run_without_failures(artifact, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_run_passes_signals_on_and_has_their_exit_code(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    artifact, saved = artifact_in(tmp_path), tmp_path / "saved"
+    line = [sys.executable, "-m", "p2bw", "run", *map(str, flags(artifact, 1_000_000))]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: len(commits(saved)) > 0, 120)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == code
+    newest = commits(saved)[0]
+    step = int(newest.name.removeprefix("step-"))
+    stopped = f"p2bw: stopped by {number.name} after step {step} of 1000000; --resume {newest}"
+    assert said[-1] == stopped
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_last_checkpoint_by_itself(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    artifact = artifact_in(tmp_path)
+    stage = artifact / "stages" / "stage_1.py"
+    suicide = """
+        self.forwards = getattr(self, "forwards", 0) + 1
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if self.forwards == 22 and first:
+            os.kill(os.getpid(), 9)
+        return x"""
+    stage.write_text("import os\n" + stage.read_text().replace("\n        return x", suicide, 1))
+    # The first "return x" is a block's: two of them run in this stage at most.
+    run(
+        artifact,
+        steps=STEPS,
+        checkpoint=tmp_path / "saved",
+        checkpoint_every=2,
+        max_restarts=1,
+    )
+    err = capfd.readouterr().err
+    assert "p2bw: restart 1 of 1 after rank " in err
+    assert "rank 1 (stage 1) is gone" in err
+    assert "p2bw: going on from " in err
+    assert_equal_to_a_run_without_failures(artifact)
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    artifact, saved = artifact_in(tmp_path), tmp_path / "saved"
+    job, options = Job(artifact=artifact, steps=1_000_000), Options(checkpoint=saved)
+    line = command(job, replace(options, checkpoint_every=1), DEPTH)
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: len(commits(saved)) > 0, 120)
+        ranks = children(process.pid)
+        assert len(ranks) == DEPTH
+        process.kill()
+        wait_until(lambda: not any(map(alive, ranks)), 10)
 
 
 def test_ranks_that_stop_agree_on_the_last_batch() -> None:
