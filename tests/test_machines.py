@@ -122,5 +122,5 @@ def test_a_cut_cable_ends_the_run_on_both_machines(
         for run in runs:  # which would wait for each other
             run.kill()
         said = [run.communicate(timeout=60)[1] for run in runs]
-    assert re.search(r"p2bw: rank 0: .*rank 1 \(stage 1\) is gone", said[0]), said
+    assert re.search(r"p2bw: rank 0: .*rank 1.* is gone", said[0]), said
     assert re.search(r"p2bw: rank 1: the launcher at 10.77.83.1:\d+ does not answer", said[1])
