@@ -304,6 +304,32 @@ def test_a_state_taken_while_training_goes_on_is_enough_to_go_on(
             assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.parametrize("lost", ["previous/", "buffers/", "optimizer/", "group", "items"])
+def test_what_a_state_lacks_is_missed(tmp_path: Path, lost: str) -> None:
+    """A test of the test above: it would notice if one of these were not kept."""
+    artifact = write_artifact(tmp_path / "a", depth=2)
+    job = Job(artifact=artifact, steps=6)
+    keep = {rank: Keeping(3) for rank in range(2)}
+    whole = train_in_threads(job, events=keep.__getitem__)
+    starts = []
+    for rank in range(2):
+        state = keep[rank].state
+        values = {name: {"state": v["state"], "group": {}} for name, v in state.values.items()}
+        cut = StageState(
+            {name: t for name, t in state.tensors.items() if not name.startswith(lost)},
+            values if lost == "group" else state.values,
+        )
+        starts.append(Start(cut, 3, 0 if lost == "items" else 6))
+    rest = train_in_threads(job, starts=starts)
+    alike = [
+        torch.equal(one[name], other[name])
+        for one, other in zip(whole.states, rest.states, strict=True)
+        for name in one
+    ]
+    # The hyperparameters follow from the schedule of the learning rate, which is replayed.
+    assert all(alike) == (lost == "group")
+
+
 class Keeping(Events):
     """Keeps a copy of the state after some step, and the losses."""
 
