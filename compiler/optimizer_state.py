@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.program import Attribute, TensorType
 from p2bw.modelfile.load import ModelFile
@@ -29,7 +31,7 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
         trainable = list(first.values())
     if not trainable:
         return MappingProxyType({})
-    with FakeTensorMode():
+    with FakeTensorMode(), _OnesForNumbers():
         fakes = {
             p: nn.Parameter(
                 torch.empty(p.type.shape, dtype=torch.float32 if _has_master(p) else p.type.dtype)
@@ -58,6 +60,21 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
             )
             sizes[p.type] = max(sizes[p.type], size + _has_master(p) * fake.nbytes)
     return MappingProxyType(sizes)
+
+
+class _OnesForNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets an optimizer look at numbers (Adafactor scales its steps by norms): all are 1."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
 
 
 def _has_master(parameter: Attribute) -> bool:

@@ -125,8 +125,8 @@ def model(
     dtype: str = "float32",
 ) -> GPT:
     """2.2B parameters: the GPT of the PipeDream-2BW paper (arXiv:2006.09503)."""
-    global config
-    config = Config(layers, width, heads, context, vocab, dropout)
+    global config, factored
+    config, factored = Config(layers, width, heads, context, vocab, dropout), False
     return GPT(config).to(getattr(torch, dtype))
 
 
@@ -197,10 +197,17 @@ def gpt_1t(
     context: int = 2048,
     vocab: int = 51200,
     dropout: float = 0.0,
-    dtype: str = "bfloat16",  # with masters and AdamW's state 18 bytes: for devices of 141 GB
+    dtype: str = "bfloat16",
 ) -> GPT:
-    """1008B parameters: the largest of Megatron-LM (arXiv:2104.04473), on 3,072 GPUs."""
-    return model(layers, width, heads, context, vocab, dropout, dtype)
+    """1008B parameters: the largest of Megatron-LM (arXiv:2104.04473), on 3,072 GPUs.
+
+    With Adafactor, whose state is a row and a column of each matrix: AdamW's two moments, beside
+    masters in float32, would leave too little of 80 GB for the activations.
+    """
+    global factored
+    built = model(layers, width, heads, context, vocab, dropout, dtype)
+    factored = True
+    return built
 
 
 def large_vocabulary(
@@ -250,13 +257,11 @@ def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     A gradient that is one update late calls for a lower learning rate: three times this one
     trains well without the delay and badly with it.
     """
-    matrices = [p for p in params if p.dim() >= 2]
-    others = [p for p in params if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=1.5e-4,
-        betas=(0.9, 0.95),
-    )
+    matrices = {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1}
+    others = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}
+    if factored:
+        return torch.optim.Adafactor([matrices, others], lr=1e-3)
+    return torch.optim.AdamW([matrices, others], lr=1.5e-4, betas=(0.9, 0.95))
 
 
 def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
