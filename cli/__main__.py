@@ -90,7 +90,7 @@ def _fail(message: str, code: int) -> NoReturn:
 @contextmanager
 def _reporting(debug: bool) -> Iterator[None]:
     """One clear message and the right exit code, whatever goes wrong."""
-    from p2bw.runtime.errors import P2BWError
+    from p2bw.contract.errors import P2BWError
 
     try:
         yield
@@ -389,7 +389,7 @@ def show_command(
     """Print the plan of an artifact, the code of one stage, or the schedule."""
     with _reporting(debug):
         from p2bw.compiler.plan import read_plan
-        from p2bw.runtime.errors import UsageError
+        from p2bw.contract.errors import UsageError
         from p2bw.tables import print_plan
 
         plan = read_plan(artifact)
@@ -402,8 +402,8 @@ def show_command(
             else:
                 typer.echo(code, nl=False)
         elif schedule:
-            from p2bw.runtime.plan import read_plan as read_for_run
-            from p2bw.runtime.schedule import make_pipeline, show
+            from p2bw.contract.plan import read_plan as read_for_run
+            from p2bw.contract.schedule import make_pipeline, show
 
             clipped = plan.clip_norm is not None
             pipeline = make_pipeline(read_for_run(artifact), batches=3, clipped=clipped)

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from p2bw.modelfile.build import build
-from p2bw.modelfile.checkpoint import (
+from p2bw.contract.checkpoint import (
     KINDS,
     MANIFEST,
     Checkpoint,
@@ -24,11 +23,12 @@ from p2bw.modelfile.checkpoint import (
     commits,
     open_checkpoint,
 )
+from p2bw.contract.errors import MismatchError, UsageError
+from p2bw.contract.plan import describe
+from p2bw.contract.tensors import sync_folder, write_synced, write_tensors, writing
+from p2bw.modelfile.build import build
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.modelfile.microbatch import seeded
-from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, writing
-from p2bw.runtime.errors import MismatchError, UsageError
-from p2bw.runtime.plan import describe
 
 INDEX = "model.safetensors.index.json"
 

@@ -27,7 +27,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 def stopping(limit: float | None, say: Callable[[str], None]) -> "Stop":
     """Ends a search at the limit or on Ctrl-C, and keeps what it has found."""
     from p2bw.compiler.placement.stop import Stop
-    from p2bw.runtime.errors import UsageError
+    from p2bw.contract.errors import UsageError
 
     if limit is not None and not 0 < limit < float("inf"):
         raise UsageError(f"--limit {limit:g}: give seconds, more than 0")

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from p2bw.runtime.errors import P2BWError, ResourceError, UsageError
+from p2bw.contract.errors import P2BWError, ResourceError, UsageError
 
 _MARK = "plan.json"  # what tells an artifact from a folder that is somebody's own
 _OF_RUNS = ("checkpoints", "metrics.jsonl")  # what the runtime keeps there: days of training

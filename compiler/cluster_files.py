@@ -22,7 +22,7 @@ from p2bw.compiler.topology import (
     parse_seconds,
     preset_node,
 )
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 T = TypeVar("T")
 

@@ -30,10 +30,10 @@ from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
 from p2bw.compiler.units import parse_gap
+from p2bw.contract.errors import ModelError, UsageError
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
 from p2bw.passes.annotate_time import annotate_time
-from p2bw.runtime.errors import ModelError, UsageError
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -177,7 +177,7 @@ def compile_model(
     What is None is searched (depth, width, microbatch), or has the command line's default. The plan
     is within `gap` of the fastest, as far as the search can prove that; `stop` may end it early,
     and the best plan so far is kept. With `problem`, that file gets the placement problem at the
-    microbatch size that was chosen. Raises the errors of runtime/errors.py; nothing is written
+    microbatch size that was chosen. Raises the errors of contract/errors.py; nothing is written
     unless all has gone well.
     """
     checked = _checked_schedule(schedule, clip_norm)

@@ -13,7 +13,7 @@ from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import Plan, read_plan
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.readers import read_any
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 PROBLEM = "problem.json"  # in an artifact: what was solved, at the microbatch that was chosen
 

@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.program import Attribute, TensorType
+from p2bw.contract.errors import ModelError, P2BWError
 from p2bw.modelfile.load import ModelFile
-from p2bw.runtime.errors import ModelError, P2BWError
 
 
 def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping[TensorType, int]:
@@ -31,7 +31,7 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
         trainable = list(first.values())
     if not trainable:
         return MappingProxyType({})
-    with FakeTensorMode(), _OnesForNumbers():
+    with FakeTensorMode(), _OnesForNumbers():  # type: ignore[no-untyped-call]
         fakes = {
             p: nn.Parameter(
                 torch.empty(p.type.shape, dtype=torch.float32 if _has_master(p) else p.type.dtype)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from p2bw.runtime.errors import InputFileError
+from p2bw.contract.errors import InputFileError
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(ge=0)]

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from p2bw.compiler.plan import Count, Data, Number, Schedule
 from p2bw.compiler.topology import Topology, check_topology
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 Positive = Annotated[int, Field(ge=1)]
 

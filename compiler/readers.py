@@ -12,7 +12,7 @@ from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.reader_device_placement import read_device_placement
 from p2bw.compiler.reader_pipedream import read_pipedream
 from p2bw.compiler.reader_piper import read_piper
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 FORMATS = (
     "a PlacementProblem, device-placement JSON (NeurIPS 2020), Piper's JSON (NeurIPS 2021) or a "

@@ -2,9 +2,9 @@
 
 from p2bw.compiler.placement.instance import Instance
 from p2bw.compiler.plan import Plan
-from p2bw.runtime.check import check
-from p2bw.runtime.plan import plan_from
-from p2bw.runtime.schedule import make_pipeline
+from p2bw.contract.check import check
+from p2bw.contract.plan import plan_from
+from p2bw.contract.schedule import make_pipeline
 
 
 def check_schedule(plan: Plan, instance: Instance) -> None:

@@ -18,7 +18,7 @@ from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.readers import read_any
 from p2bw.compiler.units import parse_gap
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 Say = Callable[[str], None]
 REPLICATIONS = ("uniform", "per-stage")

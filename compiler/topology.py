@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter
 
 from p2bw.compiler.devices import Device, Positive, find_device, local_device, parse_bytes
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 DEFAULT_CLUSTER = "p3.16xlarge"  # PipeDream-2BW's own servers: 8 x V100-16 each
 DEFAULT_GPUS = 8

@@ -17,10 +17,10 @@ from p2bw.compiler.flatten import LostConstantError, flatten
 from p2bw.compiler.program import Program
 from p2bw.compiler.trace_env import as_in_eager, tracing
 from p2bw.compiler.trace_errors import explain
+from p2bw.contract.errors import ModelError
 from p2bw.modelfile.build import build, build_real
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.microbatch import describe, map_tensors, seeded
-from p2bw.runtime.errors import ModelError
 
 
 class Step(nn.Module):

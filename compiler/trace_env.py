@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from p2bw.compiler.trace_errors import AUTOCAST, at
+from p2bw.contract.errors import ModelError
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.usercode import UserCode
-from p2bw.runtime.errors import ModelError
 
 
 @contextmanager

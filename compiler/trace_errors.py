@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from p2bw.compiler.program import TensorType
+from p2bw.contract.errors import ModelError, P2BWError
 from p2bw.modelfile.usercode import Line
-from p2bw.runtime.errors import ModelError, P2BWError
 
 AUTOCAST = (
     "autocast for a device that the example inputs are not on, so it would be left out; write "

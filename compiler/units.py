@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 
 def seconds(value: float) -> str:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.plan import Plan, Stage, read_plan
+from p2bw.contract.errors import MismatchError
+from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.modelfile.initial import copy_state, lookup
 from p2bw.modelfile.load import ModelFile
-from p2bw.runtime.artifact import find_model_file, load_stage
-from p2bw.runtime.errors import MismatchError
 
 TOLERANCE = 1e-6
 _SEED = 20210701

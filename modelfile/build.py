@@ -19,11 +19,11 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from p2bw.contract.errors import ModelError
 from p2bw.modelfile.conversion import converting_fakes
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.record import Recording, written
 from p2bw.modelfile.truncated import truncated_normal_as_one_operator
-from p2bw.runtime.errors import ModelError
 
 REAL_BYTES = 4 << 30  # a model that needs its values is built for real up to this size
 

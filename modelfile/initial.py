@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from p2bw.contract.errors import MismatchError, ModelError
+from p2bw.contract.weightfiles import WeightFiles
 from p2bw.modelfile.build import build, build_recorded
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.microbatch import seeded
-from p2bw.modelfile.weightfiles import WeightFiles
-from p2bw.runtime.errors import MismatchError, ModelError
 
 Values = Callable[[str, Tensor], Tensor]  # a model's tensor, with its values
 

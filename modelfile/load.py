@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from p2bw.contract.errors import ModelError, UsageError
 from p2bw.modelfile.microbatch import apply, describe, flatten_microbatch, seeded
 from p2bw.modelfile.usercode import UserCode
-from p2bw.runtime.errors import ModelError, UsageError
 
 Setting = str | int | float | bool | None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p2bw.runtime.errors import ModelError
+from p2bw.contract.errors import ModelError
 
 _PLAIN = (str, int, float, bool, complex, bytes, torch.dtype, torch.device, type(None))
 

@@ -21,8 +21,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from p2bw.contract.errors import ModelError
 from p2bw.modelfile.microbatch import seeded
-from p2bw.runtime.errors import ModelError
 
 _KEPT = 1 << 24  # bytes of one storage whose values come from outside torch, such as from numpy
 

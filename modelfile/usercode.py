@@ -12,17 +12,14 @@ from types import TracebackType
 
 import torch
 
-from p2bw.runtime.errors import ModelError, P2BWError
+from p2bw.contract.errors import ModelError, P2BWError
 
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _TORCH = str(Path(torch.__file__).parent)
 _ROOT = Path(__file__).parent.parent
+_PARTS = ("cli", "compiler", "contract", "modelfile", "passes", "runtime", "telemetry")
 # In a checkout the subpackages lie beside other folders, such as examples/.
-_OURS = (
-    (_ROOT,)
-    if _ROOT.name == "p2bw"
-    else tuple(_ROOT / part for part in ("cli", "compiler", "modelfile", "passes", "runtime"))
-)
+_OURS = (_ROOT,) if _ROOT.name == "p2bw" else tuple(_ROOT / part for part in _PARTS)
 _NOT_THE_USERS = tuple(f"{directory}{os.sep}" for directory in (*_OURS, _TORCH))
 
 

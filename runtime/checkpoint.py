@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from p2bw.modelfile.checkpoint import (
+from p2bw.contract.checkpoint import (
     MANIFEST,
     MARK,
     SCHEMA,
@@ -30,8 +30,8 @@ from p2bw.modelfile.checkpoint import (
     commits,
     open_checkpoint,
 )
-from p2bw.modelfile.tensors import sync_folder, write_synced, write_tensors, writing
-from p2bw.runtime.errors import MismatchError, UsageError
+from p2bw.contract.errors import MismatchError, UsageError
+from p2bw.contract.tensors import sync_folder, write_synced, write_tensors, writing
 from p2bw.runtime.job import Options
 from p2bw.runtime.place import Store
 from p2bw.runtime.prepare import Prepared

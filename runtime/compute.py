@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from p2bw.runtime.errors import MismatchError
+from p2bw.contract.errors import MismatchError
+from p2bw.contract.plan import Stage, describe
 from p2bw.runtime.feed import seed_forward
-from p2bw.runtime.plan import Stage, describe
 from p2bw.runtime.weights import Weights
 
 

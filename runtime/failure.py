@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from p2bw.runtime.errors import P2BWError, PeerError, StoppedError
+from p2bw.contract.errors import P2BWError, PeerError, StoppedError
+from p2bw.contract.plan import Plan
+from p2bw.contract.schedule import Action, Kind
 from p2bw.runtime.place import Place, Store, within
-from p2bw.runtime.plan import Plan
-from p2bw.runtime.schedule import Action, Kind
 
 FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: StoppedError.exit_code}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p2bw.contract.errors import UsageError
+from p2bw.contract.plan import Plan, describe
 from p2bw.modelfile.load import ModelFile, flatten_microbatch
-from p2bw.runtime.errors import UsageError
-from p2bw.runtime.plan import Plan, describe
 
 
 class Feed:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from p2bw.runtime.errors import PeerError, UsageError
+from p2bw.contract.errors import PeerError, UsageError
 from p2bw.runtime.job import Job, Options, command
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface

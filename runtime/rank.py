@@ -9,20 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from p2bw.contract.errors import MismatchError, PeerError, UsageError
+from p2bw.contract.schedule import Action
+from p2bw.contract.stages import digests
 from p2bw.modelfile.turns import taking_turns
-from p2bw.runtime.artifact import digests
 from p2bw.runtime.checkpoint import Checkpointer, begin
-from p2bw.runtime.errors import MismatchError, PeerError, UsageError
 from p2bw.runtime.failure import Stop, Watchdog, restarted
 from p2bw.runtime.job import Job, Options
 from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
-from p2bw.runtime.report import Report, write_result
-from p2bw.runtime.schedule import Action
-from p2bw.runtime.trace import Trace, align, join_parts
 from p2bw.runtime.transport import DistributedTransport
 from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Events, Start, Update, Worker
+from p2bw.telemetry.report import Report, write_result
+from p2bw.telemetry.trace import Trace, align, join_parts
 
 _LATE_S = 60  # gloo and NCCL give up so much later than the watchdog, which can say more
 

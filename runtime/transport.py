@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from p2bw.runtime.errors import PeerError
-from p2bw.runtime.plan import TensorSpec
-from p2bw.runtime.schedule import Channel, Flow
+from p2bw.contract.errors import PeerError
+from p2bw.contract.plan import TensorSpec
+from p2bw.contract.schedule import Channel, Flow
 
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 

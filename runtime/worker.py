@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from p2bw.runtime.clock import Clock
+from p2bw.contract.errors import MismatchError, ModelError
+from p2bw.contract.plan import Plan
+from p2bw.contract.schedule import Action, Channel, Flow, Kind, actions
 from p2bw.runtime.compute import Compute
-from p2bw.runtime.errors import MismatchError, ModelError
 from p2bw.runtime.feed import Feed
-from p2bw.runtime.plan import Plan
 from p2bw.runtime.prepare import Prepared
-from p2bw.runtime.schedule import Action, Channel, Flow, Kind, actions
 from p2bw.runtime.transport import Arrival, Reduction, Transport
 from p2bw.runtime.weights import StageState, Updater, Weights
+from p2bw.telemetry.clock import Clock
 
 
 class LossError(ModelError):

@@ -21,7 +21,7 @@ from p2bw.runtime.job import Job
 from p2bw.runtime.place import connect, find_place
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import Listener, build, join, meet
-from p2bw.runtime.report import Report
+from p2bw.telemetry.report import Report
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from p2bw.contract.schedule import Action
 from p2bw.runtime import checkpoint
 from p2bw.runtime.__main__ import main
-from p2bw.runtime.schedule import Action
 from p2bw.runtime.worker import Worker
 
 _FORK = multiprocessing.get_context("forkserver")

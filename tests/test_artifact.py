@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from p2bw.compiler.artifact import check_destination, write_artifact
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 
 def _tree(folder: Path) -> dict[str, bytes]:

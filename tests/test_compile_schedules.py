@@ -16,8 +16,8 @@ from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.problem import read_problem
 from p2bw.compiler.schedule import check_schedule
-from p2bw.runtime.errors import InfeasibleError, UsageError
-from p2bw.runtime.plan import read_plan
+from p2bw.contract.errors import InfeasibleError, UsageError
+from p2bw.contract.plan import read_plan
 
 SCHEDULES = ("2bw", "flush", "gpipe", "stash")
 DEPTH, M = 3, 4

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from p2bw.contract.plan import Stage, Transfer
 from p2bw.runtime.compute import Compute
-from p2bw.runtime.plan import Stage, Transfer
 from p2bw.runtime.weights import Weights
 
 

@@ -27,7 +27,7 @@ from p2bw.compiler.problem import (
     Times,
 )
 from p2bw.compiler.topology import Others
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.contract.errors import InfeasibleError
 
 
 def anything_fits(problem, depths=None, widths=None, recompute="auto"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p2bw.compiler.devices import DEVICES, GIB, describe_gpu, find_device, parse_bytes
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)

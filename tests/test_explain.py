@@ -19,7 +19,7 @@ from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.problem import TensorCost, Times
 from p2bw.compiler.topology import Others, Wire
-from p2bw.runtime.errors import InputFileError, MismatchError, UsageError
+from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 
 MODEL = """
 import torch

@@ -15,8 +15,8 @@ import torch
 from handmade import write_artifact
 from processes import Ranks, alive, children, saved_states, wait_until
 
+from p2bw.contract.checkpoint import commits, open_checkpoint
 from p2bw.launch import run
-from p2bw.modelfile.checkpoint import commits, open_checkpoint
 from p2bw.runtime.failure import Stop
 from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.local import train_in_threads

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from corpus import ROOT
 
-PARTS = ("cli", "compiler", "modelfile", "passes", "runtime")
+PARTS = ("cli", "compiler", "contract", "modelfile", "passes", "runtime", "telemetry")
 SOURCES = tuple(sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py")))
 COMMAND_LINE = {
     f"p2bw.{path.stem}" for path in (ROOT / "cli").glob("*.py") if path.stem != "__init__"
@@ -44,9 +44,14 @@ def sources_of(part: str) -> list[Path]:
     return [source for source in SOURCES if source.is_relative_to(ROOT / part)]
 
 
+STANDALONE = [
+    s for part in ("contract", "modelfile", "runtime", "telemetry") for s in sources_of(part)
+]
+
+
 def test_the_runtime_stands_alone() -> None:
     heavy = ("ortools", "networkx", "pydantic", "typer", "rich")
-    for source in (*sources_of("runtime"), *sources_of("modelfile")):
+    for source in STANDALONE:
         assert not imported_from(source, "p2bw.compiler", "p2bw.passes", *heavy), source
 
 
@@ -55,7 +60,7 @@ def test_the_passes_do_not_know_who_runs_them() -> None:
         assert not imported_from(source, "p2bw.compiler.driver"), source
 
 
-@pytest.mark.parametrize("part", ["compiler", "modelfile", "passes", "runtime"])
+@pytest.mark.parametrize("part", PARTS[1:])
 def test_nothing_imports_the_command_line(part: str) -> None:
     for source in sources_of(part):
         assert not imported_from(source, *COMMAND_LINE), source
@@ -108,7 +113,7 @@ def test_the_runtime_needs_no_solver_and_no_command_line() -> None:
     """Imports every module of the runtime where those packages can't be imported."""
     modules = [
         ".".join(("p2bw", *source.relative_to(ROOT).with_suffix("").parts))
-        for source in sources_of("runtime")
+        for source in STANDALONE
         if source.stem not in ("__init__", "__main__")
     ]
     code = f"""

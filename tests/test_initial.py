@@ -21,6 +21,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.driver import Compiled, compile_model
+from p2bw.contract.errors import InputFileError, MismatchError, ModelError, P2BWError, UsageError
+from p2bw.contract.stages import find_model_file
 from p2bw.launch import run
 from p2bw.modelfile.build import build, build_recorded
 from p2bw.modelfile.initial import fill_stage, parameter_order
@@ -28,8 +30,6 @@ from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.modelfile.microbatch import seeded
 from p2bw.modelfile.truncated import truncated_normal_as_one_operator
 from p2bw.modelfile.turns import Room, choose_start, read_memory, taking_turns
-from p2bw.runtime.artifact import find_model_file
-from p2bw.runtime.errors import InputFileError, MismatchError, ModelError, P2BWError, UsageError
 from p2bw.runtime.job import Job
 from p2bw.runtime.prepare import initial_stage, prepare
 

@@ -15,7 +15,7 @@ from p2bw.compiler.placement.additive import solve_loads
 from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer, judge_loads
 from p2bw.compiler.reader_device_placement import read_device_placement
 from p2bw.compiler.solve import solve_file
-from p2bw.runtime.errors import InfeasibleError, InputFileError, UsageError
+from p2bw.contract.errors import InfeasibleError, InputFileError, UsageError
 
 small = st.integers(0, 6)
 

@@ -19,7 +19,7 @@ from p2bw.compiler.problem import (
 )
 from p2bw.compiler.topology import Level, Others, Topology, Wire
 from p2bw.compiler.verify import verify
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.contract.errors import InfeasibleError
 
 small = st.integers(0, 9)
 size = st.integers(0, 20)

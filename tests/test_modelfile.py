@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.program import Attribute, TensorType
+from p2bw.contract.errors import ModelError, UsageError
 from p2bw.modelfile.load import flatten_microbatch, load_model_file, parse_settings
 from p2bw.modelfile.microbatch import map_tensors
-from p2bw.runtime.errors import ModelError, UsageError
 
 GOOD = """
 import torch

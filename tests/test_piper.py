@@ -23,7 +23,7 @@ from p2bw.compiler.placement.knapsack import Knapsack, Option, staircase
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.reader_piper import read_piper
 from p2bw.compiler.solve import solve_file
-from p2bw.runtime.errors import InfeasibleError, InputFileError, TimeLimitError, UsageError
+from p2bw.contract.errors import InfeasibleError, InputFileError, TimeLimitError, UsageError
 
 GIB = 2**30
 BANDWIDTH = 25 * GIB  # of the published runs

@@ -20,7 +20,7 @@ from p2bw.compiler.problem import (
     TensorCost,
 )
 from p2bw.compiler.topology import Level, Topology
-from p2bw.runtime.errors import InfeasibleError, TimeLimitError, UsageError
+from p2bw.contract.errors import InfeasibleError, TimeLimitError, UsageError
 
 
 def topology(gpus, memory=10**6, links=(1e3, 1e3), node=None):

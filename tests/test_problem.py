@@ -15,7 +15,7 @@ from p2bw.compiler.problem import (
     read_problem,
 )
 from p2bw.compiler.topology import make_topology
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 
 def problem(microbatch=1, scale=1, **changes):

@@ -9,7 +9,7 @@ from corpus import ROOT
 from p2bw.compiler.driver import compile_model
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.solve import solve_file
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 
 @pytest.mark.parametrize("shape", [{"gpus": 2}, {"gpus": 3, "depth": 3, "microbatch": 4}])

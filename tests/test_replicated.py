@@ -20,7 +20,7 @@ from p2bw.compiler.placement.profile_solver import solve_profile
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.reader_pipedream import read_pipedream
 from p2bw.compiler.solve import solve_file
-from p2bw.runtime.errors import InfeasibleError, TimeLimitError, UsageError
+from p2bw.contract.errors import InfeasibleError, TimeLimitError, UsageError
 
 SMALL = st.integers(0, 6)
 

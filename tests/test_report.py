@@ -14,14 +14,14 @@ import torch.distributed as dist
 from handmade import write_artifact
 
 from p2bw import launch
+from p2bw.contract.errors import P2BWError, UsageError
+from p2bw.contract.schedule import Action, Kind, actions
 from p2bw.launch import run
-from p2bw.runtime import report as report_module
-from p2bw.runtime import trace as trace_module
-from p2bw.runtime.errors import P2BWError, UsageError
 from p2bw.runtime.job import Job, Options
 from p2bw.runtime.prepare import prepare
-from p2bw.runtime.report import Lines, Report
-from p2bw.runtime.schedule import Action, Kind, actions
+from p2bw.telemetry import report as report_module
+from p2bw.telemetry import trace as trace_module
+from p2bw.telemetry.report import Lines, Report
 
 
 def make_report(folder: Path, *, say: bool = False) -> Report:

@@ -10,10 +10,10 @@ import torch
 from handmade import write_artifact
 from torch import nn
 
+from p2bw.contract.errors import InputFileError, MismatchError, ModelError, UsageError
+from p2bw.contract.plan import read_plan
+from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.modelfile.initial import copy_state
-from p2bw.runtime.artifact import find_model_file, load_stage
-from p2bw.runtime.errors import InputFileError, MismatchError, ModelError, UsageError
-from p2bw.runtime.plan import read_plan
 from p2bw.runtime.transport import _dense
 
 Edit = Callable[[dict[str, Any]], object]

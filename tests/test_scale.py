@@ -24,7 +24,7 @@ from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.relays import skips
 from p2bw.compiler.placement.skeleton import skeleton, without
 from p2bw.compiler.problem import BlockCost, PlacementProblem, TensorCost
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.contract.errors import InfeasibleError
 
 
 @contextmanager

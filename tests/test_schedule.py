@@ -9,10 +9,10 @@ from handmade import write_artifact
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from p2bw.runtime.check import ScheduleError, check, check_actions, planned_stash
-from p2bw.runtime.errors import UsageError
-from p2bw.runtime.plan import read_plan
-from p2bw.runtime.schedule import (
+from p2bw.contract.check import ScheduleError, check, check_actions, planned_stash
+from p2bw.contract.errors import UsageError
+from p2bw.contract.plan import read_plan
+from p2bw.contract.schedule import (
     SCHEDULES,
     Action,
     Channel,

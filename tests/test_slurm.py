@@ -12,8 +12,8 @@ import pytest
 from handmade import write_artifact
 from processes import wait_until
 
+from p2bw.contract.errors import UsageError
 from p2bw.launch import run
-from p2bw.runtime.errors import UsageError
 from p2bw.slurm import node_size
 
 SRUN = """\

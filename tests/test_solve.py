@@ -9,7 +9,7 @@ import pytest
 
 from p2bw.compiler.problem import BlockCost, PlacementProblem, TensorCost
 from p2bw.compiler.solve import solve_file
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 
 def run(*arguments):

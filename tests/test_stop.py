@@ -15,7 +15,7 @@ from p2bw.compiler.placement.additive import solve_loads
 from p2bw.compiler.placement.loads import LoadProblem, Node, Transfer
 from p2bw.compiler.placement.stop import Interrupted, Stop
 from p2bw.compiler.problem import BlockCost, PlacementProblem, TensorCost, read_problem
-from p2bw.runtime.errors import TimeLimitError
+from p2bw.contract.errors import TimeLimitError
 
 # Fifteen branches of different widths: too many cuts to list, so CP-SAT has to settle it.
 WIDE = """

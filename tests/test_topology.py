@@ -15,7 +15,7 @@ from p2bw.compiler.topology import (
     parse_bandwidth,
     parse_seconds,
 )
-from p2bw.runtime.errors import InputFileError, UsageError
+from p2bw.contract.errors import InputFileError, UsageError
 
 
 @pytest.fixture(autouse=True)

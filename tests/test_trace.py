@@ -13,8 +13,8 @@ from p2bw.compiler import build as building
 from p2bw.compiler.interpret import interpret
 from p2bw.compiler.program import TensorType
 from p2bw.compiler.trace import trace
+from p2bw.contract.errors import ModelError
 from p2bw.modelfile.load import flatten_microbatch, load_model_file
-from p2bw.runtime.errors import ModelError
 
 HEAD = """\
 import math

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from p2bw.runtime.plan import TensorSpec
-from p2bw.runtime.schedule import Channel, Flow
+from p2bw.contract.plan import TensorSpec
+from p2bw.contract.schedule import Channel, Flow
 from p2bw.runtime.transport import DistributedTransport
 
 CASES: dict[str, Callable[[int], None]] = {}

@@ -1,7 +1,7 @@
 import pytest
 
 from p2bw.compiler import units
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from corpus import CORPUS
 
 from p2bw.compiler.driver import Compiled
 from p2bw.compiler.verify import TOLERANCE, verify
-from p2bw.runtime.errors import MismatchError
+from p2bw.contract.errors import MismatchError
 
 # T5's embedding serves the encoder, the decoder and the head: three terms on two stages, added
 # stage by stage here and term by term in eager, which rounds differently.

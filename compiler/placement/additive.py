@@ -21,7 +21,7 @@ from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.loads import Device, LoadProblem, judge_loads
 from p2bw.compiler.placement.prices import Leaps, Prices, blocks, crossing
 from p2bw.compiler.placement.stop import Stop
-from p2bw.runtime.errors import InfeasibleError, TimeLimitError
+from p2bw.contract.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 60_000
 BATCH = 128  # ideals priced at once, at least

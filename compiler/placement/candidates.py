@@ -19,7 +19,7 @@ from p2bw.compiler.placement.ideals import (
 from p2bw.compiler.placement.instance import PS, Instance, make_instance
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.topology import MAX_GPUS
-from p2bw.runtime.errors import InfeasibleError, UsageError
+from p2bw.contract.errors import InfeasibleError, UsageError
 
 DIRECT = 200  # ideals up to which all is solved at once, without a coarse model
 

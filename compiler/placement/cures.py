@@ -19,7 +19,7 @@ from p2bw.compiler.placement.feasible import Oracle, Request
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.topology import MAX_GPUS
-from p2bw.runtime.errors import InfeasibleError, UsageError
+from p2bw.contract.errors import InfeasibleError, UsageError
 
 MAX_DEPTH = 256  # deepest pipeline that is tried
 MAX_MEMORY = 2**50

@@ -17,7 +17,7 @@ from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import solve
 from p2bw.compiler.placement.stop import Interrupted
 from p2bw.compiler.placement.windows import TOLERANCE
-from p2bw.runtime.errors import MismatchError, TimeLimitError
+from p2bw.contract.errors import MismatchError, TimeLimitError
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.problem import PlacementProblem
-from p2bw.runtime.errors import InfeasibleError, ModelError, UsageError
+from p2bw.contract.errors import InfeasibleError, ModelError, UsageError
 
 DETERMINISTIC_S = 20.0  # of CP-SAT for all cures
 ONE_S = 2.0  # of that, for one question

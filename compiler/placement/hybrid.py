@@ -28,7 +28,7 @@ from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.placement.variants import StageCost, VariantProblem, VariantStage, judge_stages
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.units import data
-from p2bw.runtime.errors import InfeasibleError, TimeLimitError
+from p2bw.contract.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 60_000
 MANY = 2_000  # ideals: too many to try every memory on

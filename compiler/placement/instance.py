@@ -14,7 +14,7 @@ from p2bw.compiler.devices import Device
 from p2bw.compiler.links import Network
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.problem import ParameterCost, PlacementProblem, TensorCost
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.contract.errors import InfeasibleError
 
 PS = 10**12  # picoseconds in a second
 

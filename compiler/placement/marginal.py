@@ -11,7 +11,7 @@ from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.search import solve
 from p2bw.compiler.placement.stop import Interrupted
 from p2bw.compiler.topology import Topology
-from p2bw.runtime.errors import TimeLimitError
+from p2bw.contract.errors import TimeLimitError
 
 GB_S = 1e9
 

@@ -15,7 +15,7 @@ from p2bw.compiler.placement.lattice import Lattice, all_ideals, reaching, some_
 from p2bw.compiler.placement.profile import ProfileProblem, ReplicatedStage, judge_profile
 from p2bw.compiler.placement.replicated import Row, Search, columns, minimise
 from p2bw.compiler.placement.stop import Stop
-from p2bw.runtime.errors import InfeasibleError, TimeLimitError
+from p2bw.contract.errors import InfeasibleError, TimeLimitError
 
 MAX_IDEALS = 300_000
 MAX_CELLS = 60_000_000  # ideals x columns: bytes x 4

@@ -27,7 +27,7 @@ from p2bw.compiler.placement.result import Limits, Placement, Progress
 from p2bw.compiler.placement.rows import row_placements
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
-from p2bw.runtime.errors import InfeasibleError, TimeLimitError
+from p2bw.contract.errors import InfeasibleError, TimeLimitError
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -15,7 +15,7 @@ from p2bw.compiler.placement.ideals import Floats
 from p2bw.compiler.placement.instance import Numbers
 from p2bw.compiler.placement.knapsack import Option
 from p2bw.compiler.placement.variants import Variant, VariantProblem
-from p2bw.runtime.errors import InfeasibleError
+from p2bw.contract.errors import InfeasibleError
 
 AMPLE = 2**52  # more than any sum of steps
 

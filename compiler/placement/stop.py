@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from p2bw.runtime.errors import TimeLimitError
+from p2bw.contract.errors import TimeLimitError
 
 POLL_S = 0.05  # how often a running CP-SAT solve is asked whether to go on
 TELL_S = 1.0  # how often it is told at most

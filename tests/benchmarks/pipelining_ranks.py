@@ -26,8 +26,8 @@ from torch.distributed.pipelining import (
 from p2bw.runtime.job import Job, Options
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import build
-from p2bw.runtime.report import Report
 from p2bw.runtime.worker import Events, Update
+from p2bw.telemetry.report import Report
 
 CPU = torch.device("cpu")
 PEERS = {  # the schedule, and the stages that each of two ranks has

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from p2bw.runtime.schedule import Action, Channel, Flow, Kind, Pipeline, actions
+from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline, actions
 
 _WAITS = {
     Kind.FORWARD: (Flow.ACTIVATION,),

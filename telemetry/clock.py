@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from p2bw.runtime.schedule import Action
+from p2bw.contract.schedule import Action
 
 Record = Callable[[Action, float, float], None]  # an action, and from when to when: seconds
 

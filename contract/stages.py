@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from p2bw.contract.errors import InputFileError, MismatchError, ModelError
+from p2bw.contract.plan import Plan, read_plan
 from p2bw.modelfile.load import ModelFile, load_model_file
-from p2bw.runtime.errors import InputFileError, MismatchError, ModelError
-from p2bw.runtime.plan import Plan, read_plan
 
 
 def find_model_file(artifact: Path, model: Path | None = None) -> ModelFile:

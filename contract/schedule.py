@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from p2bw.runtime.errors import UsageError
-from p2bw.runtime.plan import Plan
+from p2bw.contract.errors import UsageError
+from p2bw.contract.plan import Plan
 
 SCHEDULES = ("2bw", "flush", "gpipe", "stash")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from p2bw.runtime.errors import InputFileError, MismatchError, UsageError
+from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 
 _INDEX = ".safetensors.index.json"
 

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from p2bw.runtime.errors import InputFileError
+from p2bw.contract.errors import InputFileError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from p2bw.runtime.errors import MismatchError
-from p2bw.runtime.plan import BadValueError, Model, Plan, describe, read_value
+from p2bw.contract.errors import MismatchError
+from p2bw.contract.plan import BadValueError, Model, Plan, describe, read_value
 from p2bw.runtime.weights import StageState
 
 SCHEMA = 1

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from p2bw.contract.plan import Plan
+from p2bw.contract.schedule import Action, Kind, Pipeline
 from p2bw.runtime.place import Store
-from p2bw.runtime.plan import Plan
-from p2bw.runtime.report import Lines
-from p2bw.runtime.schedule import Action, Kind, Pipeline
+from p2bw.telemetry.report import Lines
 
 _ROUNDS = 4  # in which a rank asks for the time
 

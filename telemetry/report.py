@@ -10,10 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from p2bw.runtime.clock import Clock
-from p2bw.runtime.errors import UsageError
+from p2bw.contract.errors import UsageError
 from p2bw.runtime.job import Options
 from p2bw.runtime.prepare import Prepared
+from p2bw.telemetry.clock import Clock
 
 _PAUSE_S = 1.0  # between two lines of progress
 _Mark = tuple[float, int, float]  # seconds on the clock, steps of this run, seconds of computing

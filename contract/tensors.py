@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p2bw.runtime.errors import ResourceError, UsageError
+from p2bw.contract.errors import ResourceError, UsageError
 
 _DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},

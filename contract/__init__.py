@@ -1,0 +1,1 @@
+"""What compiler, runtime and tools agree on: plan, stages, schedules, files of tensors, errors."""
