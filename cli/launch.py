@@ -20,12 +20,12 @@ import torch
 
 from p2bw.contract.check import planned_stash
 from p2bw.contract.errors import P2BWError, StoppedError, UsageError
+from p2bw.contract.job import Job, Options, command
 from p2bw.contract.schedule import make_pipeline
 from p2bw.contract.tensors import writing
 from p2bw.contract.weightfiles import WeightFiles
 from p2bw.export import export
 from p2bw.runtime.failure import EXIT_CODES, FAILURE_FILE
-from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.prepare import Prepared, prepare
 from p2bw.slurm import batch_script
 from p2bw.telemetry.trace import join_parts

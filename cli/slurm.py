@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from p2bw.runtime.job import Job, Options, arguments
+from p2bw.contract.job import Job, Options, arguments
 
 _LEAD_S = 120  # from the signal to stop until the time is up: so long a checkpoint may take
 _PORT = 29400

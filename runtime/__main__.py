@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from p2bw.contract.errors import P2BWError, PeerError, ResourceError
+from p2bw.contract.job import Job, Options
 from p2bw.runtime.failure import Watchdog, fail
-from p2bw.runtime.job import Job, Options
 from p2bw.runtime.place import connect, find_place, within
 from p2bw.runtime.rank import run_rank
 

@@ -31,8 +31,8 @@ from p2bw.contract.checkpoint import (
     open_checkpoint,
 )
 from p2bw.contract.errors import MismatchError, UsageError
+from p2bw.contract.job import Options
 from p2bw.contract.tensors import sync_folder, write_synced, write_tensors, writing
-from p2bw.runtime.job import Options
 from p2bw.runtime.place import Store
 from p2bw.runtime.prepare import Prepared
 from p2bw.runtime.weights import StageState
@@ -53,7 +53,6 @@ class Checkpointer:
         store: Store,
         start: Start | None = None,
         path: Path | None = None,  # the checkpoint of that start
-        say: Callable[[str], None] = print,
     ) -> None:
         self.every, self.keep = options.checkpoint_every, options.keep
         if self.keep < 1 or (self.every is not None and self.every < 1):
@@ -84,9 +83,26 @@ class Checkpointer:
         self.copies: dict[str, Tensor] = {}  # in host memory, filled anew for each save
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
-        if rank == 0:
+        self.own = own
+        self.opened = False
+
+    def open(self, say: Callable[[str], None]) -> None:
+        """Make the folder ready; rank 0 before any rank saves."""
+        self.opened = True
+        if self.rank == 0:
             with writing(self.folder):
-                self._tidy(own, say)
+                self._tidy(say)
+
+    def open_somewhere(self, say: Callable[[str], None]) -> None:
+        """For a run that did not mean to save, but was stopped: nothing else is overwritten."""
+        if self.rank == 0:
+            count, wish = 1, self.folder
+            while commits(self.folder) and not self.own:
+                count += 1
+                self.folder = wish.with_name(f"{wish.name}-{count}")
+            self.open(say)
+            self.store.set("folder", str(self.folder))
+        self.folder, self.opened = Path(wait_for(self.store, "folder").decode()), True
 
     def wants(self, step: int) -> bool:
         """Whether to save after this update; raises what went wrong while the last was written."""
@@ -180,7 +196,7 @@ class Checkpointer:
         for path in old:
             shutil.rmtree(path)
 
-    def _tidy(self, own: bool, say: Callable[[str], None]) -> None:
+    def _tidy(self, say: Callable[[str], None]) -> None:
         """Remove what an interrupted run left, and set aside what this one is to write anew."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.folder):  # rather now than after hours of training
@@ -189,7 +205,7 @@ class Checkpointer:
             if re.fullmatch(r"step-\d{8}\.(new|old)", path.name):
                 shutil.rmtree(path)
         existing = commits(self.folder)
-        if existing and not own:
+        if existing and not self.own:
             raise UsageError(
                 f"{self.folder} has checkpoints, the newest {existing[0].name}: go on from there "
                 f"with --resume last, or give another folder with --checkpoint"
@@ -244,8 +260,8 @@ def begin(
     *,
     restarted: bool = False,
     say: Callable[[str], None] = print,
-) -> tuple[Prepared, Start | None, Checkpointer | None]:
-    """What a run goes on from, its schedule from there, and what saves it, if it is to be saved.
+) -> tuple[Prepared, Start | None, Checkpointer]:
+    """What a run goes on from, its schedule from there, and what saves it.
 
     One that torchrun has `restarted` goes on from its own last checkpoint.
     """
@@ -265,9 +281,9 @@ def begin(
                 f"very beginning too"
             )
         prepared = replace(prepared, pipeline=replace(prepared.pipeline, first=start.step))
-    saver = None
+    saver = Checkpointer(prepared, options, rank, module, store, start, path)
     if saves:
-        saver = Checkpointer(prepared, options, rank, module, store, start, path, say)
+        saver.open(say)
     return prepared, start, saver
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from p2bw.contract.errors import PeerError
+from p2bw.contract.job import Job
 from p2bw.contract.schedule import Channel
-from p2bw.runtime.job import Job
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.transport import Arrival, Reduction
 from p2bw.runtime.worker import Events, Start, Update, Worker

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from p2bw.contract.errors import PeerError, UsageError
-from p2bw.runtime.job import Job, Options, command
+from p2bw.contract.job import Job, Options, command
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 

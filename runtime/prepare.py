@@ -9,12 +9,12 @@ from torch import nn
 
 from p2bw.contract.check import check
 from p2bw.contract.errors import UsageError
+from p2bw.contract.job import Job
 from p2bw.contract.plan import Plan, TensorSpec, read_plan
 from p2bw.contract.schedule import Channel, Flow, Pipeline, make_pipeline
 from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.modelfile.initial import fill_stage, parameter_order
 from p2bw.modelfile.load import ModelFile
-from p2bw.runtime.job import Job
 
 Turn = Callable[[nn.Module], AbstractContextManager[str]]
 

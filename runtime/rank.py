@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 from p2bw.contract.errors import MismatchError, PeerError, UsageError
+from p2bw.contract.job import Job, Options
 from p2bw.contract.schedule import Action
 from p2bw.contract.stages import digests
 from p2bw.modelfile.turns import taking_turns
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.failure import Stop, Watchdog, restarted
-from p2bw.runtime.job import Job, Options
 from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.transport import DistributedTransport
@@ -75,12 +75,7 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
     if place.attempt:
         report.note(restarted(place, run))
-    turn = None  # whoever reads its part of a file waits for nobody
-    if job.weights is None:
-        width = prepared.plan.width
-        turn = partial(taking_turns, store, place, job.init, job.seed, width, report.say)
-    stage, _ = prepared.plan.position(place.rank)
-    module = initial_stage(prepared, stage, device, turn, report.say)
+    module = first_stage(prepared, device, place, store, report)
     prepared, start, saver = begin(
         *(prepared, options, place.rank, module, store),
         restarted=place.attempt > 0,
@@ -100,18 +95,20 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     worker.run()
     busy_s = worker.clock.busy_s()  # on a GPU: when it has done all this
     elapsed_s = report.stop()
-    if saver is not None:
+    stopped = worker.step < prepared.pipeline.batches
+    if stopped and not saver.opened:
+        saver.open_somewhere(report.note)
+    if saver.opened:
         saver.save(worker.step, worker.state())
         saver.wait()
     if options.trace is not None:
         meet(place, store, "traced")
         if place.rank == 0:
             join_parts(options.trace, place.world)
-    if worker.step < prepared.pipeline.batches:
+    if stopped:
         meet(place, store, "stopped")
-        cure = f"--resume {saver.last}" if saver else "not saved, for want of --checkpoint"
         where = f"after step {worker.step} of {prepared.pipeline.batches}"
-        raise watchdog.stopped(f"{where}; {cure}")
+        raise watchdog.stopped(f"{where}; --resume {saver.last}")
     utilisation = gather_utilisation(busy_s, elapsed_s, place, store)
     if options.result is not None and place.rank == 0:
         write_result(options.result, report.summary(utilisation))
@@ -119,6 +116,18 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
     meet(place, store, "done")
     watchdog.close()
     dist.destroy_process_group()
+
+
+def first_stage(
+    prepared: Prepared, device: torch.device, place: Place, store: Store, report: Report
+) -> nn.Module:
+    """This rank's stage with the weights that a run begins with."""
+    job, plan = prepared.job, prepared.plan
+    turn = None  # whoever reads its part of a file waits for nobody
+    if job.weights is None:
+        turn = partial(taking_turns, store, place, job.init, job.seed, plan.width, report.say)
+    stage, _ = plan.position(place.rank)
+    return initial_stage(prepared, stage, device, turn, report.say)
 
 
 def build(

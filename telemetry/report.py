@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from p2bw.contract.errors import UsageError
-from p2bw.runtime.job import Options
+from p2bw.contract.job import Options
 from p2bw.runtime.prepare import Prepared
 from p2bw.telemetry.clock import Clock
 

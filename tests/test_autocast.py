@@ -10,7 +10,7 @@ from p2bw.compiler.driver import compile_model
 from p2bw.compiler.plan import read_plan
 from p2bw.compiler.verify import verify
 from p2bw.contract.errors import UsageError
-from p2bw.runtime.job import Job
+from p2bw.contract.job import Job
 from p2bw.runtime.local import train_in_threads
 
 MODEL = """

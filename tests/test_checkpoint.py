@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from p2bw.contract.checkpoint import commits
 from p2bw.contract.errors import MismatchError, P2BWError, ResourceError, UsageError
+from p2bw.contract.job import Job, Options
 from p2bw.contract.stages import load_stage
 from p2bw.contract.tensors import _DTYPES, write_tensors
 from p2bw.runtime import checkpoint
 from p2bw.runtime.checkpoint import Checkpointer, candidates, find_start
-from p2bw.runtime.job import Job, Options
 from p2bw.runtime.prepare import Prepared, prepare
 from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Start
@@ -76,11 +76,12 @@ class Ranks:
         options = Options(checkpoint=self.folder, checkpoint_every=1, keep=self.keep)
         self.savers = [
             Checkpointer(
-                *(self.prepared, options, rank, self.modules[rank], self.store, start, path),
-                say=self.said.append,
+                *(self.prepared, options, rank, self.modules[rank], self.store, start, path)
             )
             for rank in range(self.plan.ranks)
         ]
+        for saver in self.savers:
+            saver.open(self.said.append)
 
     def save(self, step: int) -> None:
         """One rank after the other, the one that commits last."""

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from p2bw.__main__ import app
 from p2bw.compiler.driver import Compiled
 from p2bw.contract.errors import MismatchError, UsageError
+from p2bw.contract.job import Job, Options
 from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.export import export
 from p2bw.launch import run
 from p2bw.runtime.checkpoint import Checkpointer, begin
-from p2bw.runtime.job import Job, Options
 from p2bw.runtime.local import train_in_threads
 from p2bw.runtime.prepare import prepare
 from p2bw.runtime.weights import StageState

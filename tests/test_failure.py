@@ -16,9 +16,9 @@ from handmade import write_artifact
 from processes import Ranks, alive, children, saved_states, wait_until
 
 from p2bw.contract.checkpoint import commits, open_checkpoint
+from p2bw.contract.job import Job, Options, command
 from p2bw.launch import run
 from p2bw.runtime.failure import Stop
-from p2bw.runtime.job import Job, Options, command
 from p2bw.runtime.local import train_in_threads
 
 DEPTH, M, STEPS, EVERY = 3, 3, 10, 4
@@ -166,6 +166,22 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_batch(
     step, newest = int(found[1]), commits(saved)[0]
     assert newest.name == f"step-{step:08}"
     assert found[2] == str(newest)
+    assert_equal_to_a_run_without_failures(artifact, step)
+
+
+def test_a_run_that_did_not_mean_to_save_is_saved_when_it_is_stopped(tmp_path: Path) -> None:
+    """In the artifact's own folder, or beside what is there of another run."""
+    artifact, log = artifact_in(tmp_path), tmp_path / "log"
+    for name in ("checkpoints", "checkpoints-2"):
+        with Ranks(DEPTH, [artifact, "--steps", 1_000_000], log=log) as ranks:
+            wait_until(lambda: log.exists() and "step" in log.read_text(), 60)
+            ranks.kill(2, signal.SIGTERM)
+            assert ranks.exit_codes() == [143] * DEPTH, log.read_text()
+            said = ranks.said()[-1]
+        (newest,) = commits(artifact / name)
+        assert said.endswith(f"--resume {newest}")
+    newest.parent.rename(tmp_path / "saved")
+    step = int(newest.name.removeprefix("step-"))
     assert_equal_to_a_run_without_failures(artifact, step)
 
 

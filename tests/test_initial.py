@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.contract.errors import InputFileError, MismatchError, ModelError, P2BWError, UsageError
+from p2bw.contract.job import Job
 from p2bw.contract.stages import find_model_file
 from p2bw.launch import run
 from p2bw.modelfile.build import build, build_recorded
@@ -30,7 +31,6 @@ from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.modelfile.microbatch import seeded
 from p2bw.modelfile.truncated import truncated_normal_as_one_operator
 from p2bw.modelfile.turns import Room, choose_start, read_memory, taking_turns
-from p2bw.runtime.job import Job
 from p2bw.runtime.prepare import initial_stage, prepare
 
 every_example = pytest.mark.parametrize("example", CORPUS, ids=lambda a: a.name)
@@ -474,7 +474,7 @@ import json, sys
 from pathlib import Path
 import torch
 from p2bw.modelfile.initial import parameter_order
-from p2bw.runtime.job import Job
+from p2bw.contract.job import Job
 from p2bw.runtime.prepare import initial_stage, prepare
 
 def resident(key):

@@ -16,7 +16,7 @@ from handmade import write_artifact
 from processes import alive, children, saved_states, wait_until
 from test_runtime import differences
 
-from p2bw.runtime.job import Job
+from p2bw.contract.job import Job
 from p2bw.runtime.local import Trained
 
 Torchrun = subprocess.Popen[str]

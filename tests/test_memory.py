@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from p2bw.compiler.driver import Compiled
+from p2bw.contract.job import Job
 from p2bw.runtime.compute import Compute
-from p2bw.runtime.job import Job
 from p2bw.runtime.local import Trained, train_in_threads
 
 

@@ -25,8 +25,8 @@ from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.split import split
 from p2bw.compiler.verify import TOLERANCE, verify
 from p2bw.contract.errors import InputFileError
+from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan
-from p2bw.runtime.job import Job
 from p2bw.runtime.local import train_in_threads
 
 # `stem` is read in every stage, twice.

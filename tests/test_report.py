@@ -15,9 +15,9 @@ from handmade import write_artifact
 
 from p2bw import launch
 from p2bw.contract.errors import P2BWError, UsageError
+from p2bw.contract.job import Job, Options
 from p2bw.contract.schedule import Action, Kind, actions
 from p2bw.launch import run
-from p2bw.runtime.job import Job, Options
 from p2bw.runtime.prepare import prepare
 from p2bw.telemetry import report as report_module
 from p2bw.telemetry import trace as trace_module

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from p2bw.contract.check import ScheduleError
 from p2bw.contract.errors import MismatchError, UsageError
+from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan
 from p2bw.contract.schedule import Action, Flow, Pipeline
 from p2bw.contract.stages import find_model_file
 from p2bw.runtime import compute, prepare
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.feed import Feed
-from p2bw.runtime.job import Job
 from p2bw.runtime.local import LocalTransport, Trained, train_in_threads
 from p2bw.runtime.weights import StageState, Updater, Weights
 from p2bw.runtime.worker import Events, LossError, Start, Update, Worker

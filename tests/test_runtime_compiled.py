@@ -15,11 +15,11 @@ from p2bw.compiler.driver import compile_model
 from p2bw.compiler.program import Program
 from p2bw.compiler.topology import make_topology
 from p2bw.compiler.trace import trace
+from p2bw.contract.job import Job
 from p2bw.contract.plan import Plan, read_plan
 from p2bw.contract.stages import find_model_file
 from p2bw.modelfile.load import flatten_microbatch
 from p2bw.passes import pipeline, run_passes
-from p2bw.runtime.job import Job
 from p2bw.runtime.local import Trained, train_in_threads
 
 

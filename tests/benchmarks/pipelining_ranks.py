@@ -23,7 +23,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from p2bw.runtime.job import Job, Options
+from p2bw.contract.job import Job, Options
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import build
 from p2bw.runtime.worker import Events, Update
