@@ -9,11 +9,11 @@ from corpus import CORPUS, ROOT
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2bw.compiler import build as building
 from p2bw.compiler.interpret import interpret
 from p2bw.compiler.program import TensorType
 from p2bw.compiler.trace import trace
 from p2bw.contract.errors import ModelError
+from p2bw.modelfile import build as building
 from p2bw.modelfile.load import flatten_microbatch, load_model_file
 
 HEAD = """\
