@@ -58,14 +58,13 @@ class Run:
 
 
 class Listener(Events):
-    def __init__(self, saver: Checkpointer | None, done: Run) -> None:
+    def __init__(self, saver: Checkpointer, done: Run) -> None:
         self.saver, self.done = saver, done
 
     def wants(self, step: int) -> bool:
-        return self.saver is not None and self.saver.wants(step)
+        return self.saver.wants(step)
 
     def checkpoint(self, step: int, state: StageState) -> None:
-        assert self.saver is not None
         self.saver.save(step, state)
 
     def update(self, update: Update) -> None:
@@ -96,9 +95,9 @@ def train(artifact: Path, steps: int, **given: Any) -> Run:
     )
     done.states = [worker.state() for worker in trained.workers]
     for saver, worker in zip(savers, trained.workers, strict=True):
-        if saver is not None:
+        if saver.opened:
             saver.save(worker.step, worker.state())
-    for saver in filter(None, savers):
+    for saver in savers:
         saver.wait()
     return done
 
