@@ -251,6 +251,9 @@ def data(batch_size: int, seed: int) -> Iterator[tuple[tuple[Tensor, ...], tuple
         )
 
 
+factored = False  # until gpt_1t says otherwise
+
+
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW that decays matrices, and leaves biases and norms alone.
 
