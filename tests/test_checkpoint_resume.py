@@ -126,7 +126,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("given", "options"), CASES.values(), ids=CASES.keys())
+SOME = ("clipped, recomputed", "replicas, clipped", "bf16", "stash")
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in SOME else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_a_resumed_run_equals_one_that_never_ended(
     tmp_path: Path, given: dict[str, Any], options: dict[str, Any]
 ) -> None:

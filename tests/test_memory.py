@@ -61,7 +61,14 @@ def run_and_measure(
     return peaks, train_in_threads(Job(artifact=compiled.artifact, steps=3))
 
 
-@pytest.mark.parametrize("name", ["gpt", "resnet", "mlp", "unet", "hf_llama"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt",
+        "mlp",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet", "unet", "hf_llama")),
+    ],
+)
 def test_a_stage_keeps_what_its_plan_counts(
     name: str, compiled: Callable[[str, int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
