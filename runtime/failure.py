@@ -130,6 +130,7 @@ class Watchdog:
         self.heard: dict[int, tuple[int, int]] = {}  # polls of a rank, and ours when we heard it
         self.closed = threading.Event()
         self.signals = _catch_signals()
+        self._say(self._status())  # now: a rank may freeze before its first poll
         self.threads = [
             threading.Thread(target=target, daemon=True) for target in (self._watch, self._listen)
         ]
@@ -182,11 +183,10 @@ class Watchdog:
     def _poll(self) -> None:
         self.polls += 1
         status, ranks = self._status(), range(self.place.world)
-        keys = [f"status/{rank}" for rank in ranks]
-        self.store.set(keys[self.place.rank], json.dumps(status))
+        self._say(status)
         if self.store.check(["failure"]):
             raise PeerError("another rank has failed")  # and has said why
-        if self.heard or self.store.check(keys):  # all have begun
+        if self.heard or self.store.check([f"status/{rank}" for rank in ranks]):  # all have begun
             # One rank watches all and all watch it, so that many ranks can share a store.
             self._listen_to(list(ranks) if self.place.rank == 0 else [0])
             if status["for_s"] > self.timeout_s:
@@ -201,7 +201,7 @@ class Watchdog:
             self.at, self.since_s = at, time.monotonic()
         return {
             "polls": self.polls,
-            "name": self._name(),
+            "name": self._name(self.place.rank),
             "pid": os.getpid(),
             "agent": os.environ.get("GROUP_RANK"),
             "action": "its start or end" if at is None else str(at),
@@ -210,13 +210,20 @@ class Watchdog:
             "waits": "" if waits is None else self._message(waits),
         }
 
-    def _name(self, stage: int | None = None) -> str:
-        """Who runs a stage in this replica; without one, this rank."""
+    def _say(self, status: Mapping[str, Any]) -> None:
+        self.store.set(f"status/{self.place.rank}", json.dumps(status))
+
+    def _name(self, rank: int) -> str:
+        """A rank and, once this one knows the plan, its stage."""
         if self.plan is None:
-            return f"rank {self.place.rank}"
-        own, replica = self.plan.position(self.place.rank)
-        stage = own if stage is None else stage
-        return f"rank {self.plan.stages[stage].devices[replica]} (stage {stage})"
+            return f"rank {rank}"
+        return f"rank {rank} (stage {self.plan.position(rank)[0]})"
+
+    def _runs(self, stage: int) -> str:
+        """Who runs a stage in this rank's replica."""
+        assert self.plan is not None
+        _, replica = self.plan.position(self.place.rank)
+        return self._name(self.plan.stages[stage].devices[replica])
 
     def _message(self, action: Action) -> str:
         """What a receive, a send or a sum over replicas is about."""
@@ -226,8 +233,8 @@ class Watchdog:
         unit = "batch" if channel.per_batch else "microbatch"
         what = f"{channel.flow} {channel.tensor} of {unit} {action.index}"
         if action.kind is Kind.SEND:
-            return f"{self._name(channel.target)} to take {what}"
-        return f"{what} from {self._name(channel.source)}"
+            return f"{self._runs(channel.target)} to take {what}"
+        return f"{what} from {self._runs(channel.source)}"
 
     def blame(self, error: PeerError) -> PeerError:
         """Say which message failed, too."""
@@ -243,7 +250,7 @@ class Watchdog:
                 if status["agent"] == os.environ.get("GROUP_RANK") is not None:
                     _kill_sibling(status["pid"])  # or torchrun waits 30 s for it
                 raise PeerError(
-                    f"{status['name']} is gone (frozen, killed, or its machine or network failed):"
+                    f"{self._name(rank)} is gone (frozen, killed, or its machine or network failed):"
                     f" no sign of life for {_SILENT * _POLL_S:.0f} s, in {status['action']}"
                 )
 
