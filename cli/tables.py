@@ -91,6 +91,9 @@ def _summary(plan: Plan) -> Iterable[str]:
         f"period      {units.seconds(plan.period_s)} per microbatch, "
         f"{plan.samples_per_s:.4g} samples/s, utilisation {units.percent(plan.utilisation)}"
     )
+    devices, ranks = plan.topology["gpus"], plan.depth * plan.width
+    if ranks < devices:
+        yield f"idle        {devices - ranks} of {devices} devices"
     yield f"traffic     {units.data(plan.bytes_per_sample)} per sample over all links"
     yield f"proof       {gap}: bound {proof.bound:.4g} samples/s over {proof.search_space}"
     for tied in plan.tied:

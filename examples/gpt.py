@@ -194,15 +194,16 @@ def gpt_1t(
     layers: int = 128,
     width: int = 25600,
     heads: int = 160,
-    context: int = 2048,
+    context: int = 1024,
     vocab: int = 51200,
     dropout: float = 0.0,
     dtype: str = "bfloat16",
 ) -> GPT:
     """1008B parameters: the largest of Megatron-LM (arXiv:2104.04473), on 3,072 GPUs.
 
-    With Adafactor, whose state is a row and a column of each matrix: AdamW's two moments, beside
-    masters in float32, would leave too little of 80 GB for the activations.
+    With Adafactor, whose state is a row and a column of each matrix, and half of its context:
+    AdamW's two moments beside masters in float32, or twice the activations of the 256 microbatches
+    in flight, are more than 80 GB hold.
     """
     global factored
     built = model(layers, width, heads, context, vocab, dropout, dtype)

@@ -250,8 +250,8 @@ class Watchdog:
                 if status["agent"] == os.environ.get("GROUP_RANK") is not None:
                     _kill_sibling(status["pid"])  # or torchrun waits 30 s for it
                 raise PeerError(
-                    f"{self._name(rank)} is gone (frozen, killed, or its machine or network failed):"
-                    f" no sign of life for {_SILENT * _POLL_S:.0f} s, in {status['action']}"
+                    f"{self._name(rank)} is gone (frozen, killed, or its machine or network "
+                    f"failed): no sign of life for {_SILENT * _POLL_S:.0f} s, in {status['action']}"
                 )
 
     def _read(self, ranks: Sequence[int]) -> list[dict[str, Any]]:

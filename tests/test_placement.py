@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from p2bw.compiler.devices import Device
 from p2bw.compiler.placement import Limits, solve, solve_fixed
-from p2bw.compiler.placement.candidates import make_shapes
+from p2bw.compiler.placement.candidates import make_models, make_shapes
 from p2bw.compiler.placement.evaluate import evaluate
 from p2bw.compiler.placement.instance import make_instance
+from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.problem import (
     BlockCost,
     Constraints,
@@ -381,6 +382,19 @@ def test_cures_that_are_named_work():
     assert solve({1: weighty([40] * 6, memory=500, gpus=3)}).depth == 3
 
 
+def test_a_single_pipeline_is_taken_where_the_second_gradients_of_several_do_not_fit():
+    for memory, width in ((250, 1), (255, 2)):  # 40 B more
+        placement = solve({1: weighty([40, 40], memory=memory, gpus=4)}, depths=[2])
+        assert (placement.depth, placement.width) == (2, width)
+
+
+def test_the_bounds_know_the_second_gradients_of_replicas():
+    """Where no shape can be held, none is searched: each may take long."""
+    models = make_models([weighty([40] * 2, memory=250, gpus=4)], "auto")
+    search = search_models(models, [2], [2], Limits())
+    assert [candidate.closed_by for candidate in search.candidates] == ["bounds"]
+
+
 def test_recomputation_is_a_cure_and_is_chosen_only_where_needed():
     problem = chain([1.0] * 8, memory=75, gpus=4)
     stashing = tuple(block.model_copy(update={"stash_bytes": 20}) for block in problem.blocks)
@@ -446,7 +460,7 @@ def test_progress_is_told():
     told = []
     solve({1: chain([1.0, 2.0, 3.0])}, progress=told.append)
     assert told
-    assert told[0].total == 2
+    assert told[0].total == 3  # 1 x 1, 1 x 2 and 2 x 1
     assert told[0].bound >= 1 / 9
 
 

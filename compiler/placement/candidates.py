@@ -1,6 +1,6 @@
 """Candidates: every shape at every microbatch size, with a bound on what it can reach."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -130,7 +130,7 @@ def _model_like(instance: Instance, known: Model) -> Model:
 
 
 def _costs(
-    instance: Instance, family: Family, recompute: Recompute, longest_s: float = np.inf
+    instance: Instance, family: Family, recompute: Recompute, longest_s: float | None = None
 ) -> StepCosts:
     return step_costs(instance, make_steps(instance, family, longest_s), recompute)
 
@@ -158,7 +158,7 @@ def make_shapes(
     return [
         shape
         for depth in depths or range(1, most + 1)
-        for width in widths or _widths(problem, depth)
+        for width in widths or _widths(instance, depth)
         if depth * width <= gpus and depth <= min(instance.size, allowed)
         for shape in _laid_out(problem, depth, width)
     ]
@@ -175,10 +175,16 @@ def _kept_together(problem: PlacementProblem) -> str:
     )
 
 
-def _widths(problem: PlacementProblem, depth: int) -> Iterable[int]:
-    """As many replicas as find room; or fewer, where some devices may be better left out."""
-    most = problem.topology.gpus // depth
-    return (most,) if problem.topology.uniform else range(1, most + 1)
+def _widths(instance: Instance, depth: int) -> Iterable[int]:
+    """As many replicas as find room; or fewer, where some devices may be better left out.
+
+    A single pipeline also where that keeps fewer gradients, and may fit where several do not.
+    """
+    most = instance.problem.topology.gpus // depth
+    if not instance.problem.topology.uniform:
+        return range(1, most + 1)
+    alone = most > 1 and instance.gradient_copies() < instance.gradient_copies(most)
+    return (1, most) if alone else (most,)
 
 
 def _laid_out(problem: PlacementProblem, depth: int, width: int) -> Iterator[Shape]:
@@ -224,19 +230,42 @@ def _check(
         )
 
 
+def least_busy(
+    costs: StepCosts, shapes: Iterable[Shape], gaps: bool = False
+) -> Callable[[Shape], float]:
+    """Seconds that the busiest device of each shape needs at least, by one sweep over the steps for
+    the shapes that keep one set of gradients, and one for those that keep two.
+
+    `costs` are those of no particular shape. With `gaps`, stages may be empty.
+    """
+    instance = costs.instance
+    deepest: dict[int, int] = {}
+    narrowest: dict[int, int] = {}
+    for shape in shapes:
+        copies = instance.gradient_copies(shape.width)
+        deepest[copies] = max(deepest.get(copies, 0), shape.depth)
+        narrowest[copies] = min(narrowest.get(copies, shape.width), shape.width)
+    least = {
+        copies: least_by_depth(costs.at_width(narrowest[copies]), depth, gaps)
+        for copies, depth in deepest.items()
+    }
+    return lambda shape: least[instance.gradient_copies(shape.width)][shape.depth - 1]
+
+
 def make_candidates(models: Sequence[Model], shapes: Sequence[Shape]) -> list[Candidate]:
     """All shapes at all microbatch sizes, the most promising first; bound 0: impossible."""
-    deepest = max((shape.depth for shape in shapes), default=0)
     shares = [_network_shares(models[0].instance, shape) for shape in shapes]
     found = []
     for model in models:
-        least = [0.0] * deepest
+        least = None
         if model.family.complete and model.coarse is None:
-            least = least_by_depth(model.costs, deepest)
+            least = least_busy(model.costs, shapes)
         sums = _sums(model)
         for shape, share in zip(shapes, shares, strict=True):
             candidate = Candidate(model, shape, 0.0)
-            busiest_s = max(least[shape.depth - 1], sums.least_busy(shape, share))
+            busiest_s = sums.least_busy(shape, share)
+            if least is not None:
+                busiest_s = max(busiest_s, least(shape))
             if busiest_s < float("inf"):
                 candidate.bound = candidate.rate(busiest_s)
             else:

@@ -48,6 +48,11 @@ class StepCosts:
     last: Numbers
     uplinks: tuple[tuple[Uplink, ...], ...]  # by stage
 
+    def at_width(self, width: int) -> "StepCosts":
+        """Of no particular shape, but of so many replicas: what a device then keeps besides."""
+        more = self.instance.gradient_copies(width) - self.instance.gradient_copies()
+        return replace(self, fixed=self.fixed + more * self.steps.gradients)
+
     def memory(self, in_flight: int, again: bool) -> Floats:
         steps, depth = self.steps, self.shape.depth if self.shape else None
         total = self.fixed + self.instance.versions(in_flight, depth) * steps.weights
@@ -210,10 +215,11 @@ def feasible_chain(costs: StepCosts, upper: float) -> tuple[float, tuple[int, ..
 
 
 def least_by_depth(costs: StepCosts, depth: int, gaps: bool = False) -> list[float]:
-    """A lower bound on the bottleneck of pipelines of 1 .. depth stages, of any width and layout.
+    """A lower bound on the bottleneck of pipelines of 1 .. depth stages, in any layout.
 
-    With `gaps`, stages may be empty. One sweep from the back gives all depths: what a stage keeps
-    in flight depends on the number of stages after it.
+    `costs` are those of no particular shape; unless `at_width`, the bound is for any width. With
+    `gaps`, stages may be empty. One sweep from the back gives all depths: what a stage keeps in
+    flight depends on the number of stages after it.
     """
 
     def cost(left: int) -> Floats:
@@ -227,14 +233,13 @@ def least_memory_by_depth(costs: StepCosts, depth: int, width: int = 1) -> list[
 
     `costs` are those of no particular shape, and `width` the fewest replicas.
     """
-    more = costs.instance.gradient_copies(width) - costs.instance.gradient_copies()
-    extra = costs.instance.reserve + more * costs.steps.gradients
+    costs, reserve = costs.at_width(width), costs.instance.reserve
 
     def cost(left: int) -> Floats:
         in_flight = costs.instance.in_flight(0, left)
         if costs.recompute != "auto":
-            return extra + costs.memory(in_flight, costs.recompute == "always")
-        return extra + np.minimum(costs.memory(in_flight, False), costs.memory(in_flight, True))
+            return reserve + costs.memory(in_flight, costs.recompute == "always")
+        return reserve + np.minimum(costs.memory(in_flight, False), costs.memory(in_flight, True))
 
     return _sweep(costs.steps, depth, cost)
 

@@ -174,14 +174,14 @@ class Steps:
         return replace(self, **kept)
 
 
-def make_steps(instance: Instance, family: Family, longest_s: float = np.inf) -> Steps:
+def make_steps(instance: Instance, family: Family, longest_s: float | None = None) -> Steps:
     """Tabulate the steps between the ideals of a family.
 
     With `longest_s`, only those that no device is busy with for longer, as far as it can hold them.
     """
     members = family.members
     source, target = family.pairs
-    if longest_s < np.inf:
+    if longest_s is not None:
         kept = _can_be(instance, members, source, target, longest_s)
         source, target = source[kept], target[kept]
     allowed, pinned = _allowed(instance, members, source, target)

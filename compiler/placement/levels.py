@@ -10,7 +10,7 @@ apart around the cuts of the best placement, again and again while that helps.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from p2bw.compiler.placement.candidates import Candidate, Model, make_candidates
+from p2bw.compiler.placement.candidates import Candidate, Model, least_busy, make_candidates
 from p2bw.compiler.placement.coarsen import (
     far_by_edges,
     far_in_order,
@@ -20,7 +20,7 @@ from p2bw.compiler.placement.coarsen import (
     taken_apart,
     work_ps,
 )
-from p2bw.compiler.placement.dp import least_by_depth, step_costs
+from p2bw.compiler.placement.dp import step_costs
 from p2bw.compiler.placement.evaluate import Shape
 from p2bw.compiler.placement.ideals import make_family, make_steps
 from p2bw.compiler.placement.instance import Numbers
@@ -91,18 +91,18 @@ def _tighten(search: Search, model: Model) -> None:
     if not still or search.stop():
         return
     longest_s = max(map(search.longest_s, still))
-    deepest = max(candidate.shape.depth for candidate in still)
+    shapes = [candidate.shape for candidate in still]
     if model.family.complete:
         model = model.within(longest_s)
-        least = least_by_depth(model.costs, deepest)
+        least = least_busy(model.costs, shapes)
     else:
         bare = skeleton(model.instance)
         steps = make_steps(bare, make_family(bare), longest_s)
-        least = least_by_depth(step_costs(bare, steps, model.recompute), deepest, gaps=True)
+        least = least_busy(step_costs(bare, steps, model.recompute), shapes, gaps=True)
     for candidate in still:
         candidate.model = model
         # A chain that is not within those steps has a longer one.
-        busiest_s = min(least[candidate.shape.depth - 1], longest_s)
+        busiest_s = min(least(candidate.shape), longest_s)
         bound = candidate.rate(busiest_s) if busiest_s < float("inf") else 0.0
         candidate.bound = min(candidate.bound, bound)
 
