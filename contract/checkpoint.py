@@ -15,15 +15,15 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from p2bw.contract.errors import MismatchError
 from p2bw.contract.plan import BadValueError, Model, Plan, describe, read_value
-from p2bw.runtime.weights import StageState
 
 SCHEMA = 1
 KINDS = ("weights", "frozen", "buffers")  # of state that is the model's own
@@ -31,6 +31,19 @@ MANIFEST, MARK = "manifest.json", "COMMITTED"
 _BLOCK = 1 << 22  # bytes read at a time
 _FILE = re.compile(r"stage-\d+(-replica-\d+)?\.safetensors")
 _TENSOR = re.compile(r"(optimizer/[^/]+|[^/]+)/(.+)", re.DOTALL)  # key and name
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """What one rank needs to go on from a weight version, by the model's names of parameters.
+
+    Tensors are called weights/NAME, previous/NAME (a version before; previous2/NAME two before),
+    master/NAME, buffers/NAME and optimizer/KEY/NAME. `values` holds for each NAME the plain
+    numbers of its "state" in the optimizer and the hyperparameters of its "group".
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class DamageError(MismatchError):

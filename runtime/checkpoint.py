@@ -27,6 +27,7 @@ from p2bw.contract.checkpoint import (
     DamageError,
     File,
     Manifest,
+    StageState,
     commits,
     open_checkpoint,
 )
@@ -35,7 +36,6 @@ from p2bw.contract.job import Options
 from p2bw.contract.tensors import sync_folder, write_synced, write_tensors, writing
 from p2bw.runtime.place import Store
 from p2bw.runtime.prepare import Prepared
-from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Start
 
 _PATIENCE_S = 30  # until a file that another machine has written must be visible here

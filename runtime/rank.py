@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from p2bw.contract.checkpoint import StageState
 from p2bw.contract.errors import MismatchError, PeerError, UsageError
 from p2bw.contract.job import Job, Options
 from p2bw.contract.schedule import Action
@@ -19,7 +20,6 @@ from p2bw.runtime.failure import Stop, Watchdog, restarted
 from p2bw.runtime.place import Place, Store, choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.transport import DistributedTransport
-from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Events, Start, Update, Worker
 from p2bw.telemetry.report import Report, write_result
 from p2bw.telemetry.trace import Trace, align, join_parts

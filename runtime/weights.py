@@ -2,27 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from p2bw.contract.checkpoint import StageState
+
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class StageState:
-    """What one rank needs to go on from a weight version, by the model's names of parameters.
-
-    Tensors are called weights/NAME, previous/NAME (a version before; previous2/NAME two before),
-    master/NAME, buffers/NAME and optimizer/KEY/NAME. `values` holds for each NAME the plain
-    numbers of its "state" in the optimizer and the hyperparameters of its "group".
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Weights:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from p2bw.contract.checkpoint import StageState
 from p2bw.contract.errors import MismatchError, ModelError
 from p2bw.contract.plan import Plan
 from p2bw.contract.schedule import Action, Channel, Flow, Kind, actions
@@ -16,7 +17,7 @@ from p2bw.runtime.compute import Compute
 from p2bw.runtime.feed import Feed
 from p2bw.runtime.prepare import Prepared
 from p2bw.runtime.transport import Arrival, Reduction, Transport
-from p2bw.runtime.weights import StageState, Updater, Weights
+from p2bw.runtime.weights import Updater, Weights
 from p2bw.telemetry.clock import Clock
 
 

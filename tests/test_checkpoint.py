@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from p2bw.contract.checkpoint import commits
+from p2bw.contract.checkpoint import StageState, commits
 from p2bw.contract.errors import MismatchError, P2BWError, ResourceError, UsageError
 from p2bw.contract.job import Job, Options
 from p2bw.contract.stages import load_stage
@@ -31,7 +31,6 @@ from p2bw.contract.tensors import _DTYPES, write_tensors
 from p2bw.runtime import checkpoint
 from p2bw.runtime.checkpoint import Checkpointer, candidates, find_start
 from p2bw.runtime.prepare import Prepared, prepare
-from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Start
 
 

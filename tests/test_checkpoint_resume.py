@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from p2bw.__main__ import app
 from p2bw.compiler.driver import Compiled
+from p2bw.contract.checkpoint import StageState
 from p2bw.contract.errors import MismatchError, UsageError
 from p2bw.contract.job import Job, Options
 from p2bw.contract.stages import find_model_file, load_stage
@@ -27,7 +28,6 @@ from p2bw.launch import run
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.local import train_in_threads
 from p2bw.runtime.prepare import prepare
-from p2bw.runtime.weights import StageState
 from p2bw.runtime.worker import Events, Update
 
 DATA = '''

@@ -14,6 +14,7 @@ from reference import Reference
 from torch import Tensor, nn
 
 from p2bw.contract.check import ScheduleError
+from p2bw.contract.checkpoint import StageState
 from p2bw.contract.errors import MismatchError, UsageError
 from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan
@@ -23,7 +24,7 @@ from p2bw.runtime import compute, prepare
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.feed import Feed
 from p2bw.runtime.local import LocalTransport, Trained, train_in_threads
-from p2bw.runtime.weights import StageState, Updater, Weights
+from p2bw.runtime.weights import Updater, Weights
 from p2bw.runtime.worker import Events, LossError, Start, Update, Worker
 
 STEPS = 12
