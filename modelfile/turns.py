@@ -2,39 +2,17 @@
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from json import dumps, loads
 from pathlib import Path
-from typing import Protocol
 
 from torch import nn
 
-_POLL_S = 0.05
+from p2bw.contract.store import Place, Store, wait_for
+
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-class Store(Protocol):
-    """The keys and values that all ranks share."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
-
-
-class Place(Protocol):
-    """Where torchrun has put a rank."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
-    @property
-    def local_rank(self) -> int: ...
-    @property
-    def local_world(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,27 +72,20 @@ def taking_turns(
     size = sum(tensor.nbytes for tensor in (*stage.parameters(), *stage.buffers()))
     store.set(f"room/{place.rank}", dumps(asdict(Room(*read_memory(), place.local_world, size))))
     if place.rank == 0:
-        rooms = [Room(**loads(_wait_for(store, f"room/{rank}"))) for rank in range(place.world)]
+        rooms = [Room(**loads(wait_for(store, f"room/{rank}"))) for rank in range(place.world)]
         chosen = choose_start(asked, seed, width, rooms)
         store.set("start", dumps(asdict(chosen)))
         if say:
             print(chosen, file=sys.stderr, flush=True)
-    start = Start(**loads(_wait_for(store, "start")))
+    start = Start(**loads(wait_for(store, "start")))
     turns = start.init == "whole" and start.at_once > 0
     if turns and place.local_rank >= start.at_once:
-        _wait_for(store, f"built/{place.rank - start.at_once}")  # a rank of the same host
+        wait_for(store, f"built/{place.rank - start.at_once}")  # a rank of the same host
     yield start.init
     store.set(f"built/{place.rank}", "done")
     if turns:  # which takes as long as it takes: nobody gives up on the others meanwhile
         for rank in range(place.world):
-            _wait_for(store, f"built/{rank}")
-
-
-def _wait_for(store: Store, key: str) -> bytes:
-    """A key's value; meanwhile other threads can use the store."""
-    while not store.check([key]):
-        time.sleep(_POLL_S)
-    return store.get(key)
+            wait_for(store, f"built/{rank}")
 
 
 def read_memory() -> tuple[int, int]:

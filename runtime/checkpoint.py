@@ -33,8 +33,8 @@ from p2bw.contract.checkpoint import (
 )
 from p2bw.contract.errors import MismatchError, UsageError
 from p2bw.contract.job import Options
+from p2bw.contract.store import Store, wait_for
 from p2bw.contract.tensors import sync_folder, write_synced, write_tensors, writing
-from p2bw.runtime.place import Store
 from p2bw.runtime.prepare import Prepared
 from p2bw.runtime.worker import Start
 
@@ -228,13 +228,6 @@ def _refuse(value: object) -> NoReturn:
 
 def _folder(prepared: Prepared, options: Options) -> Path:
     return options.checkpoint or prepared.job.artifact / "checkpoints"
-
-
-def wait_for(store: Store, key: str) -> bytes:
-    """A key's value, however long it takes; meanwhile other threads can use the store."""
-    while not store.check([key]):
-        time.sleep(0.02)
-    return store.get(key)
 
 
 def _names_in(path: Path, size: int, rank: int) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn, Protocol
 from p2bw.contract.errors import P2BWError, PeerError, StoppedError
 from p2bw.contract.plan import Plan
 from p2bw.contract.schedule import Action, Kind
-from p2bw.runtime.place import Place, Store, within
+from p2bw.contract.store import Place, Store
+from p2bw.runtime.place import within
 
 FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: StoppedError.exit_code}

@@ -3,38 +3,15 @@
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import torch.distributed as dist
 
 from p2bw.contract.errors import PeerError, UsageError
 from p2bw.contract.job import Job, Options, command
+from p2bw.contract.store import Place, Store
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
-
-
-class Store(Protocol):
-    """The keys and values that all ranks share: torch.distributed's store."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def wait(self, keys: list[str]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where torchrun has put this process."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    attempt: int  # 1 after torchrun's first restart
 
 
 def find_place(job: Job) -> Place:

@@ -14,10 +14,11 @@ from p2bw.contract.errors import MismatchError, PeerError, UsageError
 from p2bw.contract.job import Job, Options
 from p2bw.contract.schedule import Action
 from p2bw.contract.stages import digests
+from p2bw.contract.store import Place, Store
 from p2bw.modelfile.turns import taking_turns
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.failure import Stop, Watchdog, restarted
-from p2bw.runtime.place import Place, Store, choose_interface, within
+from p2bw.runtime.place import choose_interface, within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.transport import DistributedTransport
 from p2bw.runtime.worker import Events, Start, Update, Worker

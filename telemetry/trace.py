@@ -9,7 +9,7 @@ from pathlib import Path
 
 from p2bw.contract.plan import Plan
 from p2bw.contract.schedule import Action, Kind, Pipeline
-from p2bw.runtime.place import Store
+from p2bw.contract.store import Store
 from p2bw.telemetry.report import Lines
 
 _ROUNDS = 4  # in which a rank asks for the time

@@ -18,9 +18,9 @@ from p2bw.contract.errors import MismatchError, P2BWError, UsageError
 from p2bw.contract.job import Job, Options
 from p2bw.contract.plan import read_plan
 from p2bw.contract.stages import find_model_file
+from p2bw.contract.store import Place
 from p2bw.launch import run
 from p2bw.runtime.local import Trained
-from p2bw.runtime.place import Place
 from p2bw.runtime.prepare import prepare
 from p2bw.runtime.rank import compare_ranks
 from p2bw.runtime.worker import LossError
