@@ -1,16 +1,13 @@
 """The weights of a checkpoint as safetensors files, by the names of the user's own model."""
 
-import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -25,9 +22,10 @@ from p2bw.contract.checkpoint import (
 )
 from p2bw.contract.errors import MismatchError, UsageError
 from p2bw.contract.plan import describe
-from p2bw.contract.tensors import sync_folder, write_synced, write_tensors, writing
+from p2bw.contract.stages import load_same
+from p2bw.contract.tensors import renamed, sync_folder, write_synced, write_tensors, writing
 from p2bw.modelfile.build import build
-from p2bw.modelfile.load import ModelFile, load_model_file
+from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.microbatch import seeded
 
 INDEX = "model.safetensors.index.json"
@@ -73,7 +71,8 @@ def export(
     out = Path(out)
     saved = _whole_checkpoint(Path(source), progress)
     around = Path(artifact) if artifact else saved.folder.resolve().parent.parent
-    file = _model_file(saved, Path(model) if model else None, around)
+    given = Path(model) if model else None
+    file = load_same(saved.manifest.model, around, given, owner=saved.folder)
     tensors = _Tensors(saved, file)
     with writing(out), ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
@@ -82,12 +81,12 @@ def export(
         for name, names in shards.items():
             progress(f"writing {out / name}")
             like = {tensor: tensors.like[tensor] for tensor in names}
-            with _renamed(out / name) as beside:
+            with renamed(out / name) as beside:
                 write_tensors(beside, like, tensors.read, {"format": "pt"})
         size = sum(tensor.nbytes for tensor in tensors.like.values())
         weight_map = {tensor: name for name, names in shards.items() for tensor in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        with _renamed(out / INDEX) as beside:
+        with renamed(out / INDEX) as beside:
             write_synced(beside, [json.dumps(index, indent=2).encode() + b"\n"])
         sync_folder(out)
     return Exported(
@@ -163,18 +162,6 @@ def _whole_checkpoint(source: Path, progress: Callable[[str], None]) -> Checkpoi
     raise UsageError(f"{folder} has no whole checkpoint: p2bw run --checkpoint-every makes them")
 
 
-def _model_file(saved: Checkpoint, given: Path | None, artifact: Path) -> ModelFile:
-    model = saved.manifest.model
-    copy = artifact / "source" / Path(model.file).name
-    for path in [given] if given else [Path(model.file), copy]:
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == model.sha256:
-            return load_model_file(path, model.factory, model.settings)
-    raise MismatchError(
-        f"{given or model.file} is not the model file of {saved.folder} (SHA-256 "
-        f"{model.sha256[:12]}...); give its place with --model"
-    )
-
-
 def _state_dict(file: ModelFile) -> dict[str, Tensor]:
     """Of the user's model, built without memory."""
     with seeded("export"):
@@ -188,18 +175,6 @@ def _initial(file: ModelFile, seed: int, names: list[str]) -> dict[str, Tensor]:
     """What no stage computes with, as the model file makes it under the seed."""
     if not names:
         return {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         state = file.model().state_dict()
     return {name: state[name].detach().clone() for name in names}
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A place beside a file, renamed to it at the end: a failure leaves no half of it."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.contract.errors import InputFileError, MismatchError, ModelError
-from p2bw.contract.plan import Plan, read_plan
+from p2bw.contract.plan import Model, Plan, read_plan
 from p2bw.modelfile.load import ModelFile, load_model_file
 
 
@@ -23,23 +23,25 @@ def find_model_file(artifact: Path, model: Path | None = None) -> ModelFile:
     It is `model` if given, else the file of that name from here, else the copy in the artifact;
     its bytes must be those that were compiled.
     """
-    plan = read_plan(artifact)
-    copy = artifact / "source" / Path(plan.model.file).name
-    candidates = [model] if model else [Path(plan.model.file), copy]
-    found = [path for path in candidates if path.is_file()]
+    return load_same(read_plan(artifact).model, artifact, model, owner=artifact)
+
+
+def load_same(source: Model, artifact: Path, model: Path | None, owner: Path) -> ModelFile:
+    """`find_model_file` for what `owner`, an artifact or a checkpoint, says of its model."""
+    copy = artifact / "source" / Path(source.file).name
+    found = [path for path in ([model] if model else [Path(source.file), copy]) if path.is_file()]
     for path in found:
-        if hashlib.sha256(path.read_bytes()).hexdigest() == plan.model.sha256:
-            source = plan.model
+        if hashlib.sha256(path.read_bytes()).hexdigest() == source.sha256:
             return load_model_file(path, source.factory, source.settings, source.autocast)
     if model and not found:
         return load_model_file(model)  # says what is wrong with the path
     if found:
         raise MismatchError(
-            f"{found[0]} is not the file that {artifact} was compiled from "
-            f"(SHA-256 {plan.model.sha256[:12]}...); compile it anew"
+            f"{found[0]} is not the file that {owner} was compiled from (SHA-256 "
+            f"{source.sha256[:12]}...); give that one's place with --model, or compile anew"
         )
     raise MismatchError(
-        f"the model file {plan.model.file} of {artifact} is not here; give its place with --model"
+        f"the model file {source.file} of {owner} is not here; give its place with --model"
     )
 
 

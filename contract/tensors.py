@@ -79,6 +79,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A place beside a file, renamed to it at the end: a failure leaves no half of it."""
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Says what cannot be written, and why."""
     try:

@@ -1,6 +1,5 @@
 """The weights that a stage starts with: the user's own code's, or those of safetensors files."""
 
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from p2bw.contract.errors import MismatchError, ModelError
 from p2bw.contract.weightfiles import WeightFiles
 from p2bw.modelfile.build import build, build_recorded
 from p2bw.modelfile.load import ModelFile
-from p2bw.modelfile.microbatch import seeded
+from p2bw.modelfile.microbatch import seed_all, seeded
 
 Values = Callable[[str, Tensor], Tensor]  # a model's tensor, with its values
 
@@ -49,10 +48,7 @@ def fill_stage(
     and the stage takes its part. Either way a weight does not depend on the partition, but the two
     ways draw different ones. Of `weights`, where given, just the stage's part is read instead.
     """
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):  # where the model's code may draw its weights from
-        numpy.random.seed(seed % 2**32)
+    seed_all(seed)
     if init != "modules" and weights is None:
         copy_state(file.model(), stage)
         return

@@ -54,17 +54,26 @@ def apply(function: Callable[..., Any], arguments: Any, *first: Any) -> Any:
     return function(*first, arguments)
 
 
+def seed_all(seed: int) -> None:
+    """Seed every generator that user code draws from on the CPU."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)
+
+
 @contextmanager
-def seeded(key: str) -> Iterator[None]:
-    """Seed every generator that user code draws from, and put all of them back after."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
+def seeded(key: str | int) -> Iterator[None]:
+    """Seed every generator that user code draws from, and put all of them back after.
+
+    A number is the seed itself; of a string, a number is made.
+    """
+    if isinstance(key, str):
+        key = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
     numpy: Any = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed % 2**32)
+        seed_all(key)
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from p2bw.contract.errors import P2BWError, PeerError, StoppedError
 from p2bw.contract.plan import Plan
 from p2bw.contract.schedule import Action, Kind
 from p2bw.contract.store import Place, Store
+from p2bw.contract.tensors import renamed
 from p2bw.runtime.place import within
 
 FAILURE_FILE = "P2BW_FAILURE_FILE"  # environment: where a rank leaves why it failed
@@ -66,9 +67,8 @@ def _leave_record(record: Mapping[str, Any]) -> bool:
     """Leave the first error for `p2bw run` to raise; false if it did not start this rank."""
     name = os.environ.get(FAILURE_FILE)
     if name and not Path(name).exists():
-        beside = Path(f"{name}.new")
-        beside.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(beside, name)
+        with renamed(Path(name)) as beside:
+            beside.write_text(json.dumps(record), encoding="utf-8")
     return bool(name)
 
 

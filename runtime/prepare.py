@@ -30,6 +30,11 @@ class Prepared:
     places: Mapping[str, int]  # of trainable parameters in the model's order; if they are clipped
 
     @property
+    def norms(self) -> int:
+        """How many norms the norm of all gradients is made of."""
+        return max(self.places.values(), default=-1) + 1
+
+    @property
     def clip_norm(self) -> float | None:
         return self.plan.clip_norm if self.job.clip_norm is None else self.job.clip_norm
 
@@ -90,8 +95,7 @@ def channel_specs(prepared: Prepared, stage: int, module: nn.Module) -> dict[Cha
         elif channel.flow is Flow.NORM:
             spec = TensorSpec("norm", (), torch.float32)
         elif channel.flow is Flow.NORMS:
-            count = max(prepared.places.values(), default=-1) + 1
-            spec = TensorSpec("norms", (count,), torch.float32)
+            spec = TensorSpec("norms", (prepared.norms,), torch.float32)
         elif channel.flow is Flow.TIED:
             (tied,) = (t for t in plan.tied if t.names[0] == channel.tensor)
             parameter = next(parameters[name] for name in tied.names if name in parameters)

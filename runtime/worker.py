@@ -103,6 +103,7 @@ class Worker:
         self.items = start.items if start else 0  # of the data, before this run
         self.clip_norm = prepared.clip_norm
         self.places = prepared.places  # of parameters in the order of the model
+        self.no_norms = torch.full((prepared.norms,), -1.0, device=device)
 
         self.weights = Weights(module, pipe.copies(index))
         share = 1 / (pipe.microbatches * self.width)
@@ -286,7 +287,7 @@ class Worker:
         self._sum(self.pipeline.sums(self.stage.index))
         known = [self._take(c) for c in self.inbound[Flow.NORMS]]
         with self.alone, self.clock.computing(action):
-            norms = known[0] if known else self._no_norms()
+            norms = known[0] if known else self.no_norms.clone()
             gradients = self.gradients[action.index] | self.sums
             if gradients:
                 own = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
@@ -303,10 +304,6 @@ class Worker:
                 )
             for channel in self.outbound[Flow.NORM]:
                 self.leaving[channel] = self.norm
-
-    def _no_norms(self) -> Tensor:
-        count = max(self.places.values(), default=-1) + 1
-        return torch.full((count,), -1.0, device=self.device)
 
     def _scale(self) -> Tensor | None:
         """What the gradients are multiplied with to clip their norm."""

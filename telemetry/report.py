@@ -12,6 +12,7 @@ from typing import Any
 
 from p2bw.contract.errors import UsageError
 from p2bw.contract.job import Options
+from p2bw.contract.tensors import renamed
 from p2bw.runtime.prepare import Prepared
 from p2bw.telemetry.clock import Clock
 
@@ -140,6 +141,5 @@ def _lines_until(path: Path, done: int) -> Iterator[str]:
 
 
 def write_result(path: Path, summary: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(summary) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with renamed(path) as beside:
+        beside.write_text(json.dumps(summary) + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """A trace of a run as it was: JSON in Chrome's trace event format, which ui.perfetto.dev opens."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from p2bw.contract.plan import Plan
 from p2bw.contract.schedule import Action, Kind, Pipeline
 from p2bw.contract.store import Store
+from p2bw.contract.tensors import renamed
 from p2bw.telemetry.report import Lines
 
 _ROUNDS = 4  # in which a rank asks for the time
@@ -67,14 +67,12 @@ def join_parts(path: Path, ranks: int) -> None:
     parts = [part for rank in range(ranks) if (part := _part(path, rank)).exists()]
     if not parts:
         return
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
+    with renamed(path) as beside, beside.open("w", encoding="utf-8") as file:
         before = '{"displayTimeUnit": "ms", "traceEvents": [\n'
         for event in (event for part in parts for event in _events(part)):
             file.write(before + event)
             before = ",\n"
         file.write("\n]}\n")
-    os.replace(beside, path)
     for part in parts:
         part.unlink()
     if missing := ranks - len(parts):

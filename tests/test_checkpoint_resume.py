@@ -25,6 +25,7 @@ from p2bw.contract.job import Job, Options
 from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.export import export
 from p2bw.launch import run
+from p2bw.modelfile.microbatch import seeded
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.local import train_in_threads
 from p2bw.runtime.prepare import prepare
@@ -272,6 +273,8 @@ UNUSED = """
         self.pooler = nn.Linear(3, 2)
         self.register_buffer("table", torch.arange(4.0))
         self.register_buffer("scratch", torch.arange(5.0), persistent=False)
+        import numpy
+        self.register_buffer("drawn", torch.from_numpy(numpy.random.randn(3)))
 """
 
 
@@ -282,13 +285,14 @@ def test_what_no_stage_holds_is_exported_as_the_model_file_makes_it(tmp_path: Pa
     artifact = write_artifact(tmp_path / "a", depth=2, edit=edit)
     train(artifact, 2, checkpoint_every=2, seed=5)
     exported = export(artifact, out=tmp_path / "out")
-    assert exported.initial == ("table", "pooler.weight", "pooler.bias")
+    assert exported.initial == ("table", "drawn", "pooler.weight", "pooler.bias")
     files = [name for name in exported.files if name.endswith("rs")]
     assert files[-1] == "model-00003-of-00003.safetensors"
     state = {n: t for file in files for n, t in load_file(tmp_path / "out" / file).items()}
-    torch.manual_seed(5)
-    model = find_model_file(artifact).model()
-    assert torch.equal(state["pooler.weight"], model.state_dict()["pooler.weight"])
+    with seeded(5):
+        model = find_model_file(artifact).model()
+    for name in ("pooler.weight", "drawn"):
+        assert torch.equal(state[name], model.state_dict()[name])
     model.load_state_dict(state)
 
 
@@ -326,12 +330,12 @@ def test_the_export_command(tmp_path: Path) -> None:
 def test_an_export_needs_the_model_file_of_the_checkpoint(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "a", depth=2)
     train(artifact, 2, checkpoint=tmp_path / "elsewhere")
-    with pytest.raises(MismatchError, match=r"handmade.py is not the model file of .*--model"):
+    with pytest.raises(MismatchError, match=r"handmade.py of .* is not here; .*--model"):
         export(tmp_path / "elsewhere", out=tmp_path / "out")
     model = artifact / "source" / "handmade.py"
     assert export(tmp_path / "elsewhere", out=tmp_path / "out", model=model).step == 2
     model.write_text(model.read_text() + "# edited\n")
-    with pytest.raises(MismatchError, match=r"is not the model file of .*step-00000002"):
+    with pytest.raises(MismatchError, match=r"is not the file that .*step-00000002"):
         export(tmp_path / "elsewhere", out=tmp_path / "out", model=model)
     (tmp_path / "file").write_text("")
     model.write_text(model.read_text().removesuffix("# edited\n"))
