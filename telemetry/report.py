@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from p2bw.runtime.prepare import Prepared
 from p2bw.telemetry.clock import Clock
 
 _PAUSE_S = 1.0  # between two lines of progress
+_WINDOW = 8  # steps whose speed is told: the last ones may end together, as updates are late
 _Mark = tuple[float, int, float]  # seconds on the clock, steps of this run, seconds of computing
 
 
@@ -54,7 +56,8 @@ class Report:
         self.clock: Clock | None = None
         self.metrics: Lines | None = None
         self.board: Any = None
-        self.started = self.stopped = self.told = self.seen = self._mark()
+        self.started = self.stopped = self.told = self._mark()
+        self.seen = deque([self.started], _WINDOW)
 
     def note(self, line: str) -> None:
         """Something that happened, on stderr."""
@@ -76,7 +79,8 @@ class Report:
 
     def start(self, clock: Clock) -> None:
         self.clock = clock
-        self.started = self.told = self.seen = self._mark()
+        self.started = self.told = self._mark()
+        self.seen = deque([self.started], _WINDOW)
 
     def stop(self) -> float:
         """Seconds since the start."""
@@ -91,12 +95,13 @@ class Report:
         """One more batch is done; prints at most one line a second, and the last one."""
         self.losses.append(loss)
         now, step = self._mark(), batch + 1
-        rate, share = self._speed(self.seen, now)
-        self.seen = now
+        since = self.seen[0]
+        rate, share = self._speed(since, now)
+        self.seen.append(now)
         values = {"loss": loss, "lr": lr, "grad_norm": norm, "samples_per_s": rate}
         self._record(step, values | {"utilisation": share})
         if self.say and (now[1] == 1 or step == self.steps or now[0] - self.told[0] >= _PAUSE_S):
-            rate, share = self._speed(self.told, now)
+            rate, share = self._speed(min(since, self.told), now)
             left = timedelta(seconds=round((self.steps - step) * self.samples / rate))
             print(
                 f"step {step:{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}  "

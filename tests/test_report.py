@@ -116,6 +116,24 @@ def test_progress_is_one_line_a_second_at_most(
     assert said[1] == "step  4/12  loss 1.0000  15 samples/s  utilisation 0.00  0:00:03 left"
 
 
+def test_updates_that_end_together_do_not_look_fast(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last two do, where updates wait for other ranks while the next batch runs."""
+    now = 0.0
+    monkeypatch.setattr(report_module.time, "perf_counter", lambda: now)
+    report = make_report(tmp_path, say=True)
+    report.open(Options(), done=0)
+    for batch in range(12):
+        now += 1.0 if batch < 11 else 1e-6
+        report.update(batch, loss=1.0)
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["samples_per_s"] for line in lines]
+    assert max(rates) < 1.2 * rates[0]
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert float(last.split()[4]) < 1.2 * rates[0]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
