@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipelining import judge
 from pipelining_ranks import OURS, PEERS
+from processes import alive, children, wait_until
 
 
 def test_cuts_by_hand():
@@ -207,3 +208,14 @@ def test_the_pipelining_benchmark_says_what_is_behind():
     assert missed == "2bw is 0.900 of the ideal, not 0.93"
     (missed,) = judge(10, 2, {"2bw": [(1.0, 1.0)], "1F1B": [(1.4, 1.0)]})["missed"]
     assert missed == "2bw is 1.400 of 1F1B, not 1.45"
+
+
+def test_a_killed_pipelining_benchmark_leaves_no_rank():
+    script = Path(__file__).parent / "benchmarks" / "pipelining.py"
+    short = "--stage-ms 1 --only 2bw --rounds 1 --seconds 0.01 --microbatches 2 40000".split()
+    with subprocess.Popen([sys.executable, script, *short], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()  # m = 2 is done; the other takes long
+        ranks = children(process.pid)
+        process.kill()
+    assert len(ranks) >= 2
+    wait_until(lambda: not any(map(alive, ranks)), 10)

@@ -22,10 +22,11 @@ import math
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,6 +120,7 @@ def in_two_ranks(
 
 
 def rank_main(bench: Bench, folder: Path, options: argparse.Namespace, results: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     pin(bench.rank)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
@@ -133,6 +135,14 @@ def rank_main(bench: Bench, folder: Path, options: argparse.Namespace, results: 
         if bench.rank == 0:
             results.put(measured)
     dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A benchmark that is killed leaves nothing behind."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measure(bench: Bench, m: int, options: argparse.Namespace) -> Measured:
