@@ -212,7 +212,19 @@ def test_the_pipelining_benchmark_says_what_is_behind():
 
 def test_a_killed_pipelining_benchmark_leaves_no_rank():
     script = Path(__file__).parent / "benchmarks" / "pipelining.py"
-    short = "--stage-ms 1 --only 2bw --rounds 1 --seconds 0.01 --microbatches 2 40000".split()
+    short = [
+        "--stage-ms",
+        "1",
+        "--only",
+        "2bw",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--microbatches",
+        "2",
+        "40000",
+    ]
     with subprocess.Popen([sys.executable, script, *short], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()  # m = 2 is done; the other takes long
         ranks = children(process.pid)
