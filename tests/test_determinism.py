@@ -70,6 +70,7 @@ def settled_by_cpsat(files: dict) -> bool:
     return "CP-SAT" in json.loads(files["plan.json"])["optimality"]["search_space"]
 
 
+@pytest.mark.slow
 def test_another_hash_seed_one_core_and_load_change_nothing(tmp_path: Path) -> None:
     first = made(tmp_path / "first", "unet", seed=1, cores=2)
     with loaded_cores():
