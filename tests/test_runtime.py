@@ -427,7 +427,7 @@ def clip_by_the_norm_of_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(self: Worker, action: Action) -> None:
         norm(self, action)
         for channel in self.outbound[Flow.NORMS]:
-            self.leaving[channel] = self._no_norms()
+            self.leaving[channel] = self.no_norms.clone()
 
     monkeypatch.setattr(Worker, "_norm", own)
 
