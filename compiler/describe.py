@@ -16,8 +16,12 @@ def describe_stages(
     cut: Sequence[StageGraph],
     placement: Placement,
     schedule: Schedule,
+    extra: int = 0,
 ) -> tuple[Stage, ...]:
-    """The stages of the plan: the placement's numbers, and from the graph what it bounds only."""
+    """The stages of the plan: the placement's numbers, and from the graph what it bounds only.
+
+    `extra` microbatches in flight are not in the placement's numbers.
+    """
     random = _random_calls(program)
     tied = {t.names[0]: t for t in tied_parameters(program, cut)}
     return tuple(
@@ -34,7 +38,7 @@ def describe_stages(
             flops_forward=sum(program.fact(n, "flops_forward") for n in graph.nodes),
             flops_backward=sum(program.fact(n, "flops_backward") for n in graph.nodes),
             compute_s=_seconds(placement.stages[graph.index]),
-            memory=_memory(program, graph, placement, schedule),
+            memory=_memory(program, graph, placement, schedule, extra),
             inputs=graph.inputs,
             arguments=graph.arguments,
             results=graph.results,
@@ -105,7 +109,7 @@ def _seconds(numbers: StageNumbers) -> Seconds:
 
 
 def _memory(
-    program: Program, graph: StageGraph, placement: Placement, schedule: Schedule
+    program: Program, graph: StageGraph, placement: Placement, schedule: Schedule, extra: int
 ) -> Memory:
     """The placement's bytes, but for the stash: it adds blocks up, here shared storages are one."""
     numbers = placement.stages[graph.index]
@@ -114,12 +118,16 @@ def _memory(
     again = placement.recompute[graph.index]
     made, given = _kept_bytes(program, graph, again)
     stash = n * given + made if again else n * (made + given)
+    early = 0 if graph.index == placement.depth - 1 else extra
+    # Receives are posted as much earlier, too.
+    posted = sum(t.type.bytes for t in graph.receives)
+    posted += sum(t.type.bytes for t in graph.sends if t.gradient)
     parts = {
         "weights": numbers.weights,
         "gradients": numbers.gradients,
         "optimizer": numbers.optimizer,
-        "stash": min(stash, numbers.stash),
-        "buffers": numbers.buffers,
+        "stash": min(stash, numbers.stash) + early * (given if again else made + given),
+        "buffers": numbers.buffers + extra * posted,
         "transient": numbers.transient,
         "reserve": numbers.reserve,
     }

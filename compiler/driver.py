@@ -31,6 +31,7 @@ from p2bw.compiler.topology import Topology, make_topology
 from p2bw.compiler.trace import trace
 from p2bw.compiler.units import parse_gap
 from p2bw.contract.errors import ModelError, UsageError
+from p2bw.contract.schedule import most_extra
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
 from p2bw.passes.annotate_time import annotate_time
@@ -328,12 +329,13 @@ def _place(
 def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, str]]:
     program = compiler.program(placement.microbatch)
     cut = split(program, placement.stage_of_block, placement.relayed)
-    stages = describe_stages(
-        program,
-        cut,
-        placement,
-        compiler.schedule,
-    )
+    # Memory that is left over lets every stage but the last take on a microbatch early.
+    late = placement.width > 1 or compiler.clip_norm is not None
+    m = placement.microbatches_per_update
+    extra = min(1, most_extra(compiler.schedule, placement.depth, m, late))
+    stages = describe_stages(program, cut, placement, compiler.schedule, extra)
+    if any(stage.memory.total > stage.memory.limit for stage in stages):
+        extra, stages = 0, describe_stages(program, cut, placement, compiler.schedule)
     plan = Plan(
         p2bw_version=__version__,
         torch_version=torch.__version__.partition("+")[0],
@@ -344,6 +346,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         width=placement.width,
         microbatch=placement.microbatch,
         microbatches_per_update=placement.microbatches_per_update,
+        extra_in_flight=extra,
         clip_norm=compiler.clip_norm,
         period_s=placement.period_s,
         samples_per_s=placement.samples_per_s,

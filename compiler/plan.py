@@ -129,6 +129,7 @@ class Plan(Data):
     width: Annotated[int, Field(ge=1)]
     microbatch: Annotated[int, Field(ge=1)]
     microbatches_per_update: Annotated[int, Field(ge=1)]
+    extra_in_flight: Annotated[int, Field(ge=0)]  # microbatches that are taken on early
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of a whole batch's gradients
     period_s: Number  # between two microbatches leaving one pipeline, steady state
     samples_per_s: Number  # all replicas

@@ -18,7 +18,8 @@ def check_schedule(plan: Plan, instance: Instance) -> None:
     for k in range(plan.depth):
         in_flight = instance.in_flight(k, plan.depth)
         versions = instance.versions(in_flight, plan.depth)
+        planned = in_flight + (plan.extra_in_flight if k < plan.depth - 1 else 0)
         stash = proof.stash[k]
-        assert stash == in_flight, f"stage {k}: {stash} microbatches in flight, planned {in_flight}"
+        assert stash == planned, f"stage {k}: {stash} microbatches in flight, planned {planned}"
         assert proof.versions[k] <= versions, f"stage {k}: {proof.versions[k]} versions"
         assert proof.gradients[k] <= copies, f"stage {k}: {proof.gradients[k]} sets of gradients"

@@ -47,11 +47,12 @@ def check(pipe: Pipeline) -> Proof:
 
 
 def planned_stash(pipe: Pipeline, stage: int) -> int:
-    """Most microbatches in flight (DESIGN: n_k = d - k; GPipe keeps all of a batch)."""
+    """Most microbatches in flight (n_k = d - k, and the extra; GPipe keeps all of a batch)."""
     if pipe.schedule == "gpipe":
         return pipe.microbatches
-    ahead = pipe.depth - stage
-    return min(ahead, pipe.microbatches) if pipe.drains else ahead
+    last = stage == pipe.depth - 1
+    count = pipe.depth - stage + (0 if last else pipe.extra)
+    return min(count, pipe.microbatches) if pipe.drains else count
 
 
 def check_actions(pipe: Pipeline, schedule: Sequence[Sequence[Action]]) -> Proof:

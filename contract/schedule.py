@@ -6,7 +6,7 @@ receives posted. The worker only interprets it; `check` proves it before any ran
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from p2bw.contract.errors import UsageError
@@ -88,6 +88,7 @@ class Pipeline:
     channels: tuple[Channel, ...]  # each stage's sends in the order in which it makes them
     replicated: bool = False
     clipped: bool = False  # the norm of the whole batch's gradients is limited
+    extra: int = 0  # microbatches taken on early, see `ahead`
 
     def version(self, stage: int, microbatch: int) -> int:
         """The weight version that a microbatch runs on, at a stage, forward and backward.
@@ -107,11 +108,18 @@ class Pipeline:
         return 2 if self.schedule == "2bw" else 1
 
     def ahead(self, stage: int) -> int:
-        """How many forwards a stage runs ahead of its backwards."""
+        """How many forwards a stage runs ahead of its backwards.
+
+        With just one for each stage behind it, equal stages wait for every message: a microbatch
+        goes around in the time of as many as are in flight, and the time that its messages take.
+        One more in flight hides that, and evens out stages that are now faster, now slower.
+        """
         if self.schedule == "gpipe":
             return self.microbatches - 1
         ahead = self.depth - 1 - stage
-        return min(ahead, self.microbatches - 1) if self.drains else ahead
+        if self.drains:
+            return min(ahead, self.microbatches - 1)
+        return ahead + self.extra if ahead else 0
 
     def sums(self, stage: int) -> set[str]:
         """The tied parameters that the stage is the first to hold: it adds the norms of these."""
@@ -168,7 +176,7 @@ def make_pipeline(
                 f"{tied.names[0]} lives on the stages {', '.join(map(str, tied.stages))}, which "
                 f"under stash would run on different versions of it; use --schedule 2bw or flush"
             )
-    return Pipeline(
+    pipe = Pipeline(
         schedule=schedule,
         depth=plan.depth,
         microbatches=m,
@@ -178,6 +186,19 @@ def make_pipeline(
         replicated=plan.width > 1,
         clipped=clipped,
     )
+    most = most_extra(schedule, plan.depth, m, pipe.late)
+    return replace(pipe, extra=min(plan.extra_in_flight, most))
+
+
+def most_extra(schedule: str, depth: int, microbatches: int, late: bool) -> int:
+    """How many microbatches can be taken on early.
+
+    A batch begins when the one before the last has ended, or at least a backward later if its
+    version waits for other ranks (`late`).
+    """
+    if schedule != "2bw" or depth == 1:
+        return 0
+    return microbatches - depth + (0 if late else 1)
 
 
 def channels(plan: Plan, *, clipped: bool = False) -> tuple[Channel, ...]:
@@ -211,9 +232,10 @@ Allows = Callable[[int], bool]
 def actions(pipe: Pipeline, stage: int, allows: Allows | None = None) -> Iterator[Action]:
     """The actions of one stage, from the first forward to the last update, made as they are used.
 
-    Receives are posted as many messages ahead as the channel spans stages. Then a send always
-    finds its receive posted (`check` proves it), and a message crosses while both ends compute.
-    The run ends early before the first batch that `allows` refuses; all stages must be told alike.
+    Receives are posted as many messages ahead as the channel spans stages, and the extra. Then a
+    send always finds its receive posted (`check` proves it), and a message crosses while both ends
+    compute. The run ends early before the first batch that `allows` refuses; all stages must be
+    told alike.
     """
     return _Stage(pipe, stage, allows or (lambda batch: True)).actions()
 
@@ -269,7 +291,10 @@ class _Stage:
             # if each adds its part here, every part is where it is needed just in time.
             joint = self.pipe.clipped or self.into[Flow.TIED]
             meets = (
-                self.pipe.late and joint and i % m == m - self.pipe.depth and batch == self.closed
+                self.pipe.late
+                and joint
+                and i % m == m - self.pipe.depth - self.pipe.extra
+                and batch == self.closed
             )
             if meets:
                 yield from self.gather(self.closed)
@@ -342,7 +367,7 @@ class _Stage:
         for source in dict.fromkeys(channel.source for channel in self.into[flow]):
             same = [channel for channel in self.into[flow] if channel.source == source]
             message = self.posted.get(same[0], self.pipe.first * self.pipe.microbatches)
-            while message <= index + same[0].distance and self.runs(message):
+            while message <= index + same[0].distance + self.pipe.extra and self.runs(message):
                 yield from (Action(Kind.RECEIVE, message, channel=channel) for channel in same)
                 message += 1
             self.posted[same[0]] = message

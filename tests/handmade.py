@@ -140,6 +140,7 @@ def write_artifact(
     width: int = 1,
     microbatches: int | None = None,
     microbatch: int = 3,
+    extra: int = 0,
     recompute: Collection[int] = (),
     optimizer: str = "sgd",
     schedule: str = "2bw",
@@ -220,6 +221,7 @@ def write_artifact(
         "width": width,
         "microbatch": microbatch,
         "microbatches_per_update": microbatches or depth,
+        "extra_in_flight": extra,
         "inputs": [
             {"name": "tokens", "shape": [microbatch, 5], "dtype": "int64"},
             {"name": "labels", "shape": [microbatch], "dtype": "int64"},

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from p2bw.__main__ import app
 from p2bw.compiler import schedule as schedule_module
+from p2bw.compiler.devices import DEVICES
 from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.placement.instance import make_instance
@@ -41,7 +42,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_plan_holds_what_its_schedule_needs(name: str, plans: dict[str, Compiled]) -> None:
     plan, one = plans[name].plan, plans["flush"].plan
-    in_flight = {"gpipe": [M] * DEPTH}.get(name, [3, 2, 1])
+    in_flight = {"gpipe": [M] * DEPTH, "2bw": [4, 3, 1]}.get(name, [3, 2, 1])
     versions = {"2bw": [2] * DEPTH, "stash": [2, 2, 1]}.get(name, [1] * DEPTH)
     assert [s.blocks for s in plan.stages] == [s.blocks for s in one.stages]
     for stage, flush, flying, alive in zip(
@@ -70,6 +71,27 @@ def test_the_schedule_of_a_plan_is_shown(
     ] == shown.stdout.splitlines()
 
 
+def test_a_microbatch_is_taken_on_early_where_there_is_memory_and_time(
+    tmp_path: Path, plans: dict[str, Compiled]
+) -> None:
+    roomy = plans["2bw"].plan
+    assert roomy.extra_in_flight == 1
+    first = roomy.stages[0].memory
+    own, share = first.total - first.reserve, DEVICES["cpu"].lost_fraction
+    just = round((own + DEVICES["cpu"].context_bytes) / (1 - share))
+    for memory, extra in ((just + 10, 1), (just - 10, 0)):
+        out = tmp_path / str(extra)
+        plan = compile_example(out, microbatches=M, memory=f"{memory}B").plan
+        assert plan.extra_in_flight == extra
+        assert [s.blocks for s in plan.stages] == [s.blocks for s in roomy.stages]
+        assert max(stage.memory.total for stage in plan.stages) <= memory
+    # Of m = d, a version is made just in time, or late if other ranks have to add their part.
+    for more, extra in (({}, 1), ({"clip_norm": 1.0}, 0)):
+        plan = compile_example(tmp_path / f"m{extra}", microbatches=DEPTH, **more).plan
+        assert plan.extra_in_flight == extra
+    assert all(plans[name].plan.extra_in_flight == 0 for name in SCHEDULES if name != "2bw")
+
+
 def test_compile_proves_the_schedule(
     plans: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +106,7 @@ def test_compile_proves_the_schedule(
         return replace(found, stash=(found.stash[0] + 1, *found.stash[1:]))
 
     monkeypatch.setattr(schedule_module, "check", one_more)
-    with pytest.raises(AssertionError, match="stage 0: 4 microbatches in flight, planned 3"):
+    with pytest.raises(AssertionError, match="stage 0: 5 microbatches in flight, planned 4"):
         check_schedule(compiled.plan, instance)
 
 

@@ -115,10 +115,11 @@ def differences(job: Job, trained: Trained) -> dict[str, float]:
         *(("flush", 1, 3, "sgd"), ("flush", 3, 1, "sgd"), ("flush", 4, 5, "adamw")),
     ],
 )
+@pytest.mark.parametrize("extra", [0, 1])
 def test_equals_the_reference_bitwise(
-    tmp_path: Path, schedule: str, depth: int, m: int, optimizer: str
+    tmp_path: Path, schedule: str, depth: int, m: int, optimizer: str, extra: int
 ) -> None:
-    artifact = write_artifact(tmp_path / "a", depth=depth, optimizer=optimizer)
+    artifact = write_artifact(tmp_path / "a", depth=depth, optimizer=optimizer, extra=extra)
     job = Job(artifact=artifact, steps=STEPS, seed=3, schedule=schedule, microbatches=m)
     assert differences(job, train_in_threads(job)) == {}
 
@@ -126,10 +127,11 @@ def test_equals_the_reference_bitwise(
 @pytest.mark.parametrize(
     ("schedule", "m", "optimizer"), [("2bw", 2, "sgd"), ("2bw", 3, "adamw"), ("flush", 3, "sgd")]
 )
+@pytest.mark.parametrize("extra", [0, 1])
 def test_replicas_equal_the_reference_bitwise(
-    tmp_path: Path, schedule: str, m: int, optimizer: str
+    tmp_path: Path, schedule: str, m: int, optimizer: str, extra: int
 ) -> None:
-    artifact = write_artifact(tmp_path / "a", depth=2, width=2, optimizer=optimizer)
+    artifact = write_artifact(tmp_path / "a", depth=2, width=2, optimizer=optimizer, extra=extra)
     job = Job(artifact=artifact, steps=STEPS, schedule=schedule, microbatches=m)
     trained = train_in_threads(job)
     assert differences(job, trained) == {}
@@ -140,7 +142,9 @@ def test_replicas_equal_the_reference_bitwise(
 
 @pytest.mark.parametrize("recompute", [(1,), (0, 1, 2)])
 def test_recomputation_changes_no_bit(tmp_path: Path, recompute: tuple[int, ...]) -> None:
-    artifact = write_artifact(tmp_path / "a", depth=3, recompute=recompute, optimizer="adamw")
+    artifact = write_artifact(
+        tmp_path / "a", depth=3, recompute=recompute, optimizer="adamw", extra=1
+    )
     job = Job(artifact=artifact, steps=STEPS, microbatches=4)
     assert differences(job, train_in_threads(job)) == {}
 
@@ -175,6 +179,7 @@ def test_the_matrix_of_exactness(tmp_path: Path, matrix: list[tuple[Any, ...]]) 
             tied=tied,
             autocast=autocast,
             recompute=range(depth) if recompute else (),
+            extra=number // 2 % 2,
         )
         job = Job(artifact=artifact, steps=5, seed=number, clip_norm=clip)
         assert differences(job, train_in_threads(job)) == {}, matrix[number]
@@ -291,6 +296,7 @@ def test_a_state_taken_while_training_goes_on_is_enough_to_go_on(
         microbatches=4,
         tied=schedule != "stash",
         recompute=(1,),
+        extra=1,
     )
     job = Job(artifact=artifact, steps=7, clip_norm=clip)
     keep: dict[int, Keeping] = {rank: Keeping(3) for rank in range(3 * width)}
@@ -524,8 +530,10 @@ def test_a_stage_never_holds_more_than_its_share_in_flight(
         return results
 
     monkeypatch.setattr(Compute, "forward", watch)
-    train_in_threads(Job(artifact=write_artifact(tmp_path / "a", depth=4), steps=3))
-    assert peaks == {0: 4, 1: 3, 2: 2, 3: 1}
+    for extra, most in ((0, [4, 3, 2, 1]), (1, [5, 4, 3, 1])):
+        artifact = write_artifact(tmp_path / str(extra), depth=4, extra=extra)
+        train_in_threads(Job(artifact=artifact, steps=3))
+        assert [peaks[stage] for stage in range(4)] == most
 
 
 def test_a_stale_backward_raises_instead_of_being_wrong() -> None:

@@ -21,6 +21,7 @@ from p2bw.contract.schedule import (
     Pipeline,
     actions,
     make_pipeline,
+    most_extra,
     show,
 )
 
@@ -35,6 +36,7 @@ def pipeline(
     replicated: bool = False,
     clipped: bool = False,
     first: int = 0,
+    extra: int = 0,
 ) -> Pipeline:
     """A chain of stages, with more edges (producer, consumer, gradient) and a tied weight."""
     chain = {(k, k + 1, True) for k in range(depth - 1)}
@@ -59,6 +61,8 @@ def pipeline(
         channels=tuple(channels),
         replicated=replicated,
         clipped=clipped,
+        extra=extra
+        and min(extra, most_extra(schedule, depth, microbatches, replicated or clipped)),
     )
 
 
@@ -78,6 +82,7 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
         tied=frozenset() if schedule == "stash" else draw(st.frozensets(stage, max_size=3)),
         replicated=draw(st.booleans()),
         clipped=schedule != "stash" and draw(st.booleans()),
+        extra=draw(st.sampled_from([0, 0, 1, 2, 9])),
     )
 
 
@@ -86,6 +91,8 @@ SHOWN = [
     ("2bw", 4, {"tied": frozenset({0, 2}), "replicated": True, "clipped": True}),
     ("2bw", 3, {"tied": frozenset({0, 2})}),
     ("2bw", 3, {"replicated": True, "first": 5}),
+    ("2bw", 3, {"extra": 1}),
+    ("2bw", 4, {"tied": frozenset({0, 2}), "replicated": True, "clipped": True, "extra": 1}),
     ("flush", 2, {"clipped": True}),
     ("gpipe", 3, {}),
     ("stash", 1, {}),

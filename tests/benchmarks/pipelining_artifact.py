@@ -66,6 +66,7 @@ def write_artifact(
         "width": 1,
         "microbatch": microbatch,
         "microbatches_per_update": depth,
+        "extra_in_flight": 1,  # as compile chooses where there is memory
         "inputs": [{"name": "ids", **ids}, {"name": "wanted", **ids}],
         "tied": [{"names": both, "stages": [0, depth - 1]}] if tied else [],
         "stages": stages,

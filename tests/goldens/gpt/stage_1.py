@@ -7,7 +7,7 @@ forward     156 us, 33.6 MFLOP
 backward    173 us, 67.1 MFLOP, busy 99.1 % of the period
 memory      1008 MiB of 16.0 GiB
             = weights 910 KiB + gradients 455 KiB + optimizer 910 KiB + stash 2.13 MiB +
-            buffers 128 KiB + transient 256 KiB + reserve 1004 MiB
+            buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
 
 receives    h_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
 receives    h_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0

@@ -7,7 +7,7 @@ forward     121 us, 1.31 MFLOP
 backward    121 us, 2.62 MFLOP, busy 99.8 % of the period
 memory      1004 MiB of 16.0 GiB
             = weights 157 KiB + gradients 78.6 KiB + optimizer 157 KiB + stash 149 KiB +
-            buffers 40.5 KiB + transient 32.0 KiB + reserve 1004 MiB
+            buffers 61.0 KiB + transient 32.0 KiB + reserve 1004 MiB
 
 receives    bert_expand: bool[2, 1, 16, 16], 512 B from stage 0
 receives    bert_encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB from stage 0

@@ -7,8 +7,8 @@ parameters  14.4 k
 forward     281 us, 852 kFLOP
 backward    211 us, 1.70 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB
-            = weights 112 KiB + gradients 56.2 KiB + optimizer 112 KiB + stash 184 KiB +
-            buffers 17.5 KiB + transient 36.0 KiB + reserve 1004 MiB
+            = weights 112 KiB + gradients 56.2 KiB + optimizer 112 KiB + stash 276 KiB +
+            buffers 25.5 KiB + transient 36.0 KiB + reserve 1004 MiB
 
 sends       model_expand: bool[2, 1, 16, 16], 512 B to stage 1
 sends       model_layers_0_post_attention_layernorm_to: f32[2, 16, 32], 4.00 KiB to stage 1

@@ -9,7 +9,7 @@ forward     236 us, 983 kFLOP
 backward    256 us, 1.97 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB
             = weights 113 KiB + gradients 56.4 KiB + optimizer 113 KiB + stash 120 KiB +
-            buffers 17.5 KiB + transient 36.0 KiB + reserve 1004 MiB
+            buffers 27.0 KiB + transient 36.0 KiB + reserve 1004 MiB
 
 receives    model_expand: bool[2, 1, 16, 16], 512 B from stage 0
 receives    model_layers_0_post_attention_layernorm_to: f32[2, 16, 32], 4.00 KiB from stage 0

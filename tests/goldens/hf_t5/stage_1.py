@@ -11,7 +11,7 @@ forward     526 us, 819 kFLOP
 backward    416 us, 1.64 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB
             = weights 162 KiB + gradients 81.2 KiB + optimizer 162 KiB + stash 235 KiB +
-            buffers 80.5 KiB + transient 20.0 KiB + reserve 1004 MiB
+            buffers 121 KiB + transient 20.0 KiB + reserve 1004 MiB
 
 receives    decoder_block_0_layer_0_layer_norm_to: f32[2, 8, 32], 2.00 KiB from stage 0
 receives    decoder_block_0_layer_0_layer_norm: f32[2, 8, 32], 2.00 KiB from stage 0

@@ -7,8 +7,8 @@ parameters  19.5 k
 forward     85.4 us, 1.30 MFLOP
 backward    90.7 us, 2.21 MFLOP, busy 94.5 % of the period
 memory      1004 MiB of 16.0 GiB
-            = weights 152 KiB + gradients 76.0 KiB + optimizer 152 KiB + stash 212 KiB +
-            buffers 17.0 KiB + transient 34.0 KiB + reserve 1004 MiB
+            = weights 152 KiB + gradients 76.0 KiB + optimizer 152 KiB + stash 317 KiB +
+            buffers 25.5 KiB + transient 34.0 KiB + reserve 1004 MiB
 
 sends       vit_layers_0_add: f32[2, 17, 32], 4.25 KiB to stage 1
 sends       vit_layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB to stage 1

@@ -10,7 +10,7 @@ forward     296 us, 2.72 MFLOP
 backward    297 us, 5.44 MFLOP, busy 99.1 % of the period
 memory      1005 MiB of 16.0 GiB
             = weights 330 KiB + gradients 165 KiB + optimizer 330 KiB + stash 240 KiB +
-            buffers 42.3 KiB + transient 40.0 KiB + reserve 1004 MiB
+            buffers 63.6 KiB + transient 40.0 KiB + reserve 1004 MiB
 
 receives    model_encoder_layers_0: f32[2, 20, 32], 5.00 KiB from stage 0
 receives    model_encoder_layers_1_self_attn_layer_norm: f32[2, 20, 32], 5.00 KiB from stage 0

@@ -7,7 +7,7 @@ forward     140 us, 693 kFLOP
 backward    111 us, 1.39 MFLOP, busy 99.8 % of the period
 memory      1004 MiB of 16.0 GiB
             = weights 226 KiB + gradients 113 KiB + optimizer 113 KiB + stash 62.2 KiB +
-            buffers 35.2 KiB + transient 24.0 KiB + reserve 1004 MiB
+            buffers 51.2 KiB + transient 24.0 KiB + reserve 1004 MiB
 
 receives    blocks_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
 receives    blocks_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0

@@ -7,7 +7,7 @@ forward     90.5 us, 1.73 MFLOP
 backward    70.8 us, 3.46 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB
             = weights 60.5 KiB + gradients 30.2 KiB + optimizer 60.5 KiB + stash 194 KiB +
-            buffers 24.5 KiB + transient 37.5 KiB + reserve 1004 MiB
+            buffers 36.8 KiB + transient 37.5 KiB + reserve 1004 MiB
 
 receives    encoder: f32[2, 50, 16], 6.25 KiB from stage 0
 receives    decoder_first_2: f32[2, 48, 16], 6.00 KiB from stage 0
