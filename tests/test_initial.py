@@ -518,7 +518,8 @@ def check_peaks(folder: Path, layers: int, width: int) -> None:
     )
     modules = peaks(artifact, range(4), "modules")
     model = sum(rank["stage"] for rank in modules)
-    most = 2 * 4 * 4 * width**2 + (16 << 20)  # the largest matrix, made and copied; and Python
+    # The largest matrix: made, copied, and one that was freed but not given back; and Python.
+    most = 3 * 4 * 4 * width**2 + (16 << 20)
     for rank in modules:
         assert rank["peak"] < rank["stage"] + most < 0.45 * model, modules
     (whole,) = peaks(artifact, [0], "whole")  # the same question has another answer
