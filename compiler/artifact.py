@@ -48,10 +48,10 @@ def write_file(path: Path, text: str) -> None:
         raise _cannot_write(path, error) from None
 
 
-def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
-    """Make `out` hold `files` (relative name -> content) and what runs left there, nothing else.
+def write_artifact(out: Path, files: Mapping[str, str | bytes | Path]) -> None:
+    """Make `out` hold `files` and what runs left there, nothing else.
 
-    Or leave it as it was.
+    By relative name: the content, or a file to copy. Or leave it as it was.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,10 @@ def write_artifact(out: Path, files: Mapping[str, str | bytes]) -> None:
             for name, content in files.items():
                 path = fresh / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
+                if isinstance(content, Path):
+                    shutil.copyfile(content, path)
+                else:
+                    path.write_bytes(content.encode() if isinstance(content, str) else content)
             if out.exists():
                 out.rename(old)
             try:

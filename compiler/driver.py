@@ -17,6 +17,7 @@ from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.lower import placement_problem
+from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.result import Limits, Placement
@@ -61,6 +62,7 @@ class _Compiler:
     """The state of one compilation: the programs traced so far, and the time spent."""
 
     file: ModelFile
+    weights: Path | None  # of a model file that was made from an ONNX file
     topology: Topology
     schedule: Schedule
     microbatches: int | None
@@ -197,35 +199,37 @@ def compile_model(
         check_file("--problem", Path(problem))
     begin = time.perf_counter()
     progress(f"loading {path.name}")
-    file = load_model_file(path, factory, dict(settings or {}), casts)
-    compiler = _Compiler(
-        file=file,
-        topology=topology,
-        schedule=checked,
-        microbatches=microbatches,
-        clip_norm=clip_norm,
-        say=progress,
-        dump_folder=Path(dump_passes) if dump_passes is not None else None,
-        seconds={"load": round(time.perf_counter() - begin, 3)},
-    )
-    placement = _place(compiler, depth, width, microbatch, policy, limits)
-    with compiler.phase("emit"):
-        progress(f"writing {placement.depth} stages")
-        plan, stages = _plan(compiler, placement)
-        solved = compiler.problem(placement.microbatch)
-    with compiler.phase("check"):
-        progress("proving the schedule")
-        check_schedule(plan, make_instance(solved))
-    with compiler.phase("emit"):
-        files: dict[str, str | bytes] = {
-            "plan.json": plan.to_json(),
-            PROBLEM: solved.to_json(),
-            **stages,
-            **_source(file),
-        }
-        write_artifact(out, files)
-        if problem is not None:
-            write_file(Path(problem), solved.to_json())
+    with model_source(path, factory, settings or {}, microbatch) as source:
+        file = load_model_file(source.path, factory, dict(source.settings), casts)
+        compiler = _Compiler(
+            file=file,
+            weights=source.weights,
+            topology=topology,
+            schedule=checked,
+            microbatches=microbatches,
+            clip_norm=clip_norm,
+            say=progress,
+            dump_folder=Path(dump_passes) if dump_passes is not None else None,
+            seconds={"load": round(time.perf_counter() - begin, 3)},
+        )
+        placement = _place(compiler, depth, width, source.microbatch, policy, limits)
+        with compiler.phase("emit"):
+            progress(f"writing {placement.depth} stages")
+            plan, stages = _plan(compiler, placement)
+            solved = compiler.problem(placement.microbatch)
+        with compiler.phase("check"):
+            progress("proving the schedule")
+            check_schedule(plan, make_instance(solved))
+        with compiler.phase("emit"):
+            files: dict[str, str | bytes | Path] = {
+                "plan.json": plan.to_json(),
+                PROBLEM: solved.to_json(),
+                **stages,
+                **_source(compiler),
+            }
+            write_artifact(out, files)
+            if problem is not None:
+                write_file(Path(problem), solved.to_json())
     return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
 
 
@@ -339,7 +343,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
     plan = Plan(
         p2bw_version=__version__,
         torch_version=torch.__version__.partition("+")[0],
-        model=_model_source(compiler.file, program),
+        model=_model_source(compiler, program),
         topology=compiler.topology.to_json(),
         schedule=compiler.schedule,
         depth=placement.depth,
@@ -366,9 +370,10 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
     return plan, emit_stages(program, cut, plan)
 
 
-def _model_source(file: ModelFile, program: Program) -> ModelSource:
+def _model_source(compiler: _Compiler, program: Program) -> ModelSource:
+    file = compiler.file
     return ModelSource(
-        file=_relative(file.path),
+        file=file.path.name if compiler.weights else _relative(file.path),
         factory=file.factory,
         settings=dict(file.settings),
         autocast=_checked_autocast(file.autocast),
@@ -385,6 +390,9 @@ def _relative(path: Path) -> str:
         return path.name
 
 
-def _source(file: ModelFile) -> dict[str, bytes]:
+def _source(compiler: _Compiler) -> dict[str, bytes | Path]:
     """A copy of the model file, so that an artifact can be moved and still be run."""
-    return {f"source/{file.path.name}": file.source}
+    copies: dict[str, bytes | Path] = {f"source/{compiler.file.path.name}": compiler.file.source}
+    if compiler.weights is not None:
+        copies[f"source/{compiler.weights.name}"] = compiler.weights
+    return copies
