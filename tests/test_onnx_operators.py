@@ -236,5 +236,22 @@ def test_an_operator_does_what_onnx_runtime_does(case: Case, tmp_path: Path) -> 
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("split", "width"), [(np.int64(2), 1), (ints(1, 4), 4), (np.int64(9), 5)])
+def test_a_sequence_of_parts(split: Array, width: int, tmp_path: Path) -> None:
+    path, x = tmp_path / "model.onnx", real(2, 5)
+    nodes = [
+        helper.make_node("SplitToSequence", ["x", "split"], ["parts"], axis=1),
+        helper.make_node("Constant", [], ["last"], value_int=-1),
+        helper.make_node("SequenceAt", ["parts", "last"], ["part"]),
+        helper.make_node("Mul", ["part", "scale"], ["y"]),
+    ]
+    weights = {"split": np.asarray(split), "scale": real(1)}
+    save(path, nodes, {"x": ["batch", 5]}, ["y"], weights, declared={"y": ["batch", width]})
+    (got,) = by_torch(imported(path, tmp_path / "out"), [x])
+    (want,) = by_runtime(path, [x])
+    np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-6)
+
+
 def test_every_operator_has_a_case() -> None:
-    assert set(OPERATORS) - {case.op for case in CASES} == {"Constant"}
+    elsewhere = {"Constant", "SplitToSequence", "SequenceAt"}
+    assert set(OPERATORS) - {case.op for case in CASES} == elsewhere

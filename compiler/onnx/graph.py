@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from p2bw.compiler.onnx.files import Stored, counted, quote, stored
+from p2bw.compiler.onnx.files import DTYPES, Stored, counted, quote, stored
 from p2bw.compiler.onnx.names import Paths, class_name
 from p2bw.compiler.onnx.shapes import Shapes
 from p2bw.compiler.onnx.values import (
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnx
 
 _FOLDED = 1 << 24  # elements of the largest constant that is computed ahead
+_NUMPY = set(DTYPES.values()) - {"bfloat16"}
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
@@ -190,8 +191,10 @@ def _fold(node: Node) -> bool:
             )
     except Exception:  # as it is no fault of the model, the translation may still work
         return False
-    for name, result in zip(filter(None, proto.output), results, strict=True):
-        array = np.asarray(result)
+    arrays = [np.asarray(result) for result in results]
+    if any(str(array.dtype) not in _NUMPY for array in arrays):
+        return False
+    for name, array in zip(filter(None, proto.output), arrays, strict=True):
         node.translator.values[name] = Constant(name, "literal", computed=array)
     return True
 

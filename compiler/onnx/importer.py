@@ -19,7 +19,7 @@ from p2bw.compiler.onnx.helpers import HELPERS
 from p2bw.compiler.onnx.layers import LAYERS
 from p2bw.compiler.onnx.layout import LAYOUT
 from p2bw.compiler.onnx.modules import Modules, build
-from p2bw.compiler.onnx.names import class_name, identifier, unique
+from p2bw.compiler.onnx.names import class_name, file_name, identifier, unique
 from p2bw.compiler.onnx.pointwise import POINTWISE
 from p2bw.compiler.onnx.shapes import Shapes, Size, infer
 from p2bw.compiler.onnx.values import Constant, Translate, Translation
@@ -57,14 +57,14 @@ def import_onnx(path: Path, folder: Path, sizes: Mapping[str, Any] | None = None
             f"initializer with dimensions)"
         )
     outputs = [(value.name, _output(path, shapes, value.name)) for value in model.graph.output]
-    if path.name:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
     save_file({name: _tensor(c) for name, c in modules.tensors.items()}, weights)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with weights.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
     source = _source(path, shapes, translation, modules, outputs, digest)
     _check_source(source)
-    file = folder / f"{identifier(path.stem, 'model')}.py"
+    file = folder / f"{file_name(path.stem)}.py"
     file.write_text(source, encoding="utf-8")
     return Imported(file, weights, shapes.batch)
 
@@ -120,7 +120,7 @@ PyTorch: the batch's own statistics), whatever mode the file was exported in.
 """
 
 import hashlib
-{math}from pathlib import Path
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -142,9 +142,8 @@ def _head(
 ) -> str:
     own = len(outputs) == 1 and not outputs[0][0]
     return _INTRO.format(
-        title=f"{modules.name}, from the ONNX file {identifier(path.stem, 'model')}.onnx.",
+        title=f"{modules.name}, from the ONNX file {file_name(path.stem)}.onnx.",
         loss=_OWN_LOSS if own else _LOSS,
-        math="",
         weights=WEIGHTS,
         digest=digest,
     )

@@ -10,6 +10,7 @@ from p2bw.compiler.onnx.values import (
     Local,
     Node,
     Numbers,
+    Parts,
     Translate,
     UnsupportedError,
 )
@@ -176,13 +177,46 @@ def _split(node: Node) -> None:
     elif node.attribute("split"):
         parts = list(node.attribute("split"))
     else:
-        size = node.sizes(0)[axis]
-        node.require(size is not None and size.fixed is not None, "an axis of unknown size")
-        assert size is not None
-        each = -(-size.plus // len(names))
-        parts = [min(each, size.plus - each * i) for i in range(len(names))]
+        size = _along(node, axis)
+        parts = _pieces(size, -(-size // len(names)))
+        parts += [0] * (len(names) - len(parts))
     node.require(len(parts) == len(names), "other parts than outputs")
-    node.gives_all(names, f"{node.tensor(0)}.split({parts}, dim={axis})")
+    node.gives_all(names, f"{node.tensor(0)}.split({parts}, dim={axis})", hint="part")
+
+
+def _along(node: Node, axis: int) -> int:
+    """The size of the first input along an axis."""
+    size = node.sizes(0)[axis]
+    if size is None or size.fixed is None:
+        raise UnsupportedError("an axis whose size depends on the batch")
+    return size.fixed
+
+
+def _pieces(size: int, each: int) -> list[int]:
+    return [min(each, size - start) for start in range(0, size, each)]
+
+
+def _split_to_sequence(node: Node) -> None:
+    node.require(node.has(1) and bool(node.attribute("keepdims", 1)), "parts without their axis")
+    axis, given = node.axis(0), node.constant(1)
+    if given.ndim == 0:
+        parts = _pieces(_along(node, axis), max(int(given), 1))
+    else:
+        parts = [int(part) for part in given]
+    if len(parts) == 1:
+        node.gives_parts([node.tensor(0)])
+        return
+    text = f"{node.tensor(0)}.split({parts}, dim={axis})"
+    node.gives_parts(node.gives_all([""] * len(parts), text, hint="part").results)
+
+
+def _sequence_at(node: Node) -> None:
+    value = node.value(0)
+    place = int(node.constant(1).reshape(-1)[0])
+    known = isinstance(value, Parts) and -len(value.items) <= place < len(value.items)
+    node.require(known, "a sequence of unknown parts")
+    assert isinstance(value, Parts)
+    node.is_value(value.items[place])
 
 
 def _slice(node: Node) -> None:
@@ -238,7 +272,7 @@ def _gather(node: Node) -> None:
     _limit(node)
     path = node.parameter(0)
     tensor, at = node.tensor(0), node.tensor(1)
-    if path is not None and axis == 0 and node.rank(0) == 2 and isinstance(indices, Local):
+    if path is not None and axis == 0 and node.rank(0) == 2:
         rows, columns = node.fixed(0)
         leaf = node.leaf(f"nn.Embedding({rows}, {columns})", at, 0)
         code = f"F.embedding({at}, {tensor})"
@@ -327,10 +361,12 @@ LAYOUT: Mapping[str, Translate] = {
     "Reshape": _reshape,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
+    "SequenceAt": _sequence_at,
     "Shape": _shape,
     "Size": _count,
     "Slice": _slice,
     "Split": _split,
+    "SplitToSequence": _split_to_sequence,
     "Squeeze": _squeeze,
     "TopK": _top_k,
     "Transpose": _transpose,

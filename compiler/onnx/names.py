@@ -14,7 +14,20 @@ _TAKEN = {
     *dir(builtins),
     *dir(nn.Module()),
     *dir(nn.ModuleList()),
-    *("self", "torch", "nn", "F", "math", "model", "inputs", "targets", "loss", "lstm", "gru"),
+    *(
+        "self",
+        "torch",
+        "nn",
+        "F",
+        "math",
+        "model",
+        "inputs",
+        "targets",
+        "loss",
+        "lstm",
+        "gru",
+        "rnn",
+    ),
     *("Tensor", "Path", "safe_open", "hashlib", "WEIGHTS", "SHA256", "batch_size"),
     *("optimizer", "scheduler", "data", "outputs"),
 }
@@ -41,6 +54,11 @@ def unique(name: str, used: Iterable[str]) -> str:
         candidate = f"{name}_{number}"
         number += 1
     return candidate
+
+
+def file_name(stem: str) -> str:
+    """A plain file name that resembles another's."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:_LONGEST].strip("_-") or "model"
 
 
 class Paths:
@@ -86,4 +104,4 @@ def _is_index(part: str) -> bool:
 def class_name(name: str, default: str) -> str:
     """The last part of a dotted class name, as a class of our own."""
     found = identifier(name.rpartition(".")[2], default)
-    return found[:1].upper() + found[1:]
+    return identifier(found[:1].upper() + found[1:], default)

@@ -60,8 +60,8 @@ def infer(path: Path, model: "onnx.ModelProto", given: Mapping[str, Any]) -> Sha
     """The shapes of a checked model; `given` are sizes for its symbolic dimensions, by name."""
     constants = {tensor.name for tensor in model.graph.initializer}
     feeds = [value for value in model.graph.input if value.name not in constants]
-    inputs = tuple(_input(path, value, _batch_names(feeds), given) for value in feeds)
     _check_given(path, feeds, given)
+    inputs = tuple(_input(path, value, _batch_names(feeds), given) for value in feeds)
     if not inputs:
         raise InputFileError(f"{path.name} has no inputs: there is nothing to train it on")
     symbolic = any(size.times for value in inputs for size in value.sizes)

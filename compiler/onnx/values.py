@@ -70,7 +70,14 @@ class Numbers:
     scalar: bool = False
 
 
-Value = Local | Constant | Numbers
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a tensor was split into: ONNX's sequences, as far as they are needed."""
+
+    items: tuple[Local, ...]
+
+
+Value = Local | Constant | Numbers | Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,7 @@ class Translator:
     values: dict[str, Value] = field(default_factory=dict)
     statements: list[Statement] = field(default_factory=list)
     tensors: dict[tuple[str, ...], Constant] = field(default_factory=dict)
+    modules: set[tuple[str, ...]] = field(default_factory=set)  # paths that tensors lie below
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)  # constant -> its path
     uses: Counter[str] = field(default_factory=Counter)
     sources: dict[str, str] = field(default_factory=dict)  # mark -> the input that it reshapes
@@ -130,6 +138,7 @@ class Translator:
     made: dict[str, Statement] = field(default_factory=dict)  # mark -> what computes it
     helpers: set[str] = field(default_factory=set)
     literals: dict[str, Constant] = field(default_factory=dict)  # those that are used as tensors
+    numbers: dict[str, int] = field(default_factory=dict)  # of the literals
     transposed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # mark -> of what
     linear: dict[str, tuple[str, ...]] = field(default_factory=dict)  # without bias yet: weight
 
@@ -139,21 +148,29 @@ class Translator:
     def of_constant(self, constant: Constant) -> str:
         """A mark for a constant as an attribute of the model."""
         if constant.role == "literal":  # it has its place where it is used
-            self.literals.setdefault(constant.name, constant)
-            return f"⟦${list(self.literals).index(constant.name)}⟧"
+            if constant.name not in self.literals:
+                self.numbers[constant.name] = len(self.literals)
+                self.literals[constant.name] = constant
+            return f"⟦${self.numbers[constant.name]}⟧"
         path = self.paths.get(constant.name)
         if path is None:
-            path = self.free_path(self.names.path(constant.name))
+            path = self._place(constant, self.names.path(constant.name))
             self.paths[constant.name] = path
-            self.tensors[path] = constant
         return f"⟦{'.'.join(path)}⟧"
 
-    def free_path(self, path: tuple[str, ...]) -> tuple[str, ...]:
-        """The path, or with a number where a tensor or a module has it already."""
-        number, found = 0, path
-        while any(found[: len(p)] == p or p[: len(found)] == found for p in self.tensors):
-            number += 1
-            found = (*path[:-1], f"{path[-1]}_{number}")
+    def _place(self, constant: Constant, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Give a constant that path, or one with numbers where its names are taken."""
+        found: tuple[str, ...] = ()
+        for depth, part in enumerate(path, 1):
+            last = depth == len(path)
+            number, fresh = 0, (*found, part)
+            while fresh in self.tensors or (last and fresh in self.modules):
+                number += 1
+                fresh = (*found, f"{part}_{number}")
+            found = fresh
+            if not last:
+                self.modules.add(found)
+        self.tensors[found] = constant
         return found
 
 
@@ -240,6 +257,8 @@ class Node:
         if isinstance(value, Numbers):
             items = ", ".join(map(str, value.items))
             return f"torch.tensor({items if value.scalar else f'[{items}]'})"
+        if isinstance(value, Parts):
+            raise UnsupportedError("a sequence of tensors")
         return self.translator.of_constant(value)
 
     def operand(self, index: int) -> str:
@@ -309,6 +328,10 @@ class Node:
     def step(self, text: str, hint: str = "") -> str:
         """An intermediate result that the file has no name for; its mark."""
         return self.gives_all([""], text, hint).results[0]
+
+    def gives_parts(self, marks: Sequence[str]) -> None:
+        """Say that the output is a sequence of these."""
+        self.translator.values[self.proto.output[0]] = Parts(tuple(map(Local, marks)))
 
     def is_value(self, value: Value, dtype: str = "int64") -> None:
         """Say that the output is a value that there is already; numbers that are known fold."""
