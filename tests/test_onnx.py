@@ -131,14 +131,15 @@ class UNet(nn.Module):
         self.down = nn.Conv2d(4, 8, 3, stride=2, padding=1)
         self.middle = nn.Conv2d(8, 8, 3, padding=1)
         self.norm = nn.GroupNorm(2, 8)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1)
         self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
         self.last = nn.Conv2d(8, 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = F.silu(self.first(x))
         x = F.silu(self.norm(self.middle(self.down(skip))))
-        x = F.interpolate(self.up(x), scale_factor=1.0)
-        return self.last(torch.cat((x, skip), dim=1))
+        x = x + F.interpolate(self.deep(F.avg_pool2d(x, 2)), scale_factor=2.0)
+        return self.last(torch.cat((self.up(x), skip), dim=1))
 
 
 @dataclass(frozen=True)

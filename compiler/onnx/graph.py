@@ -3,7 +3,7 @@
 import ast
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,7 @@ def _fold(node: Node) -> bool:
     for index in range(len(proto.output)):
         sizes = node.out_sizes(index)
         known = sizes is not None and all(s is not None and s.fixed is not None for s in sizes)
-        if not known and node.op in _GROWING:
+        if not known and node.op in _GROWING and not _is_short_range(node):
             return False
         if known and prod(s.plus for s in sizes or () if s) > _FOLDED:
             return False
@@ -197,6 +197,14 @@ def _fold(node: Node) -> bool:
     for name, array in zip(filter(None, proto.output), arrays, strict=True):
         node.translator.values[name] = Constant(name, "literal", computed=array)
     return True
+
+
+def _is_short_range(node: Node) -> bool:
+    """Whether a Range of constants, whose length nobody infers, is one that can be computed."""
+    if node.op != "Range":
+        return False
+    start, limit, step = (float(node.constant(i).reshape(-1)[0]) for i in range(3))
+    return step != 0 and isfinite(start + limit + step) and abs((limit - start) / step) <= _FOLDED
 
 
 _RESHAPING = {"Reshape", "Cast", "Squeeze", "Unsqueeze", "Slice", "Transpose", "Flatten", "Expand"}

@@ -187,7 +187,7 @@ def _inputs(shapes: Shapes, translation: Translation) -> str:
     return (
         f"def inputs(batch_size: int) -> tuple[Tensor, ...]:\n"
         f'    """Random numbers, and indices below the number of rows that they pick from."""\n'
-        f"{fixed}    return ({', '.join(lines)},)"
+        f"{fixed}    return ({', '.join(lines)}{',' if len(lines) == 1 else ''})"
     )
 
 
@@ -200,8 +200,10 @@ def _training(outputs: list[tuple[tuple[Size, ...], str]]) -> list[str]:
     for sizes, dtype in (outputs[i] for i in places):
         shape = f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
         made.append(f"torch.randn({shape}{'' if dtype == 'float32' else f', dtype=torch.{dtype}'})")
+    comma = "," if len(made) == 1 else ""
     targets = (
-        f"def targets(batch_size: int) -> tuple[Tensor, ...]:\n    return ({', '.join(made)},)"
+        f"def targets(batch_size: int) -> tuple[Tensor, ...]:\n"
+        f"    return ({', '.join(made)}{comma})"
     )
     if len(outputs) == 1:
         loss = (

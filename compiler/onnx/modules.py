@@ -7,6 +7,7 @@ code share one class. Where the file does not tell its modules, one forward does
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from p2bw.compiler.onnx.names import class_name, identifier, unique
 from p2bw.compiler.onnx.values import Constant, Leaf, Statement, Translation
@@ -40,6 +41,7 @@ class _Builder:
     leaves: dict[Path, Leaf] = field(default_factory=dict)
     tensors: dict[Path, Constant] = field(default_factory=dict)
     outlined: dict[Path, range] = field(default_factory=dict)  # positions of its statements
+    users: dict[str, list[int]] = field(default_factory=dict)  # mark -> positions of statements
     bodies: dict[str, str] = field(default_factory=dict)  # text of a class -> its name
     made: dict[Path, str] = field(default_factory=dict)  # what constructs a module
 
@@ -55,6 +57,9 @@ class _Builder:
         }
         self._outline()
         self._place_literals()
+        for place, statement in enumerate(self.statements):
+            for mark in _marks(statement.code):
+                self.users.setdefault(mark, []).append(place)
         everything = range(len(self.statements))
         self._write_class((), everything, list(self.inputs), list(self.translation.outputs))
         return Modules(
@@ -89,7 +94,7 @@ class _Builder:
                 continue
             known = self.leaves.setdefault(leaf.path, leaf)
             if known.constructor == leaf.constructor:
-                statement.code = f"⟦@{'.'.join(leaf.path)}⟧({leaf.call})"
+                statement.code = f"{_module_mark(leaf.path)}({leaf.call})"
                 statement.scope = _common(statement.scope, leaf.path[:-1])
 
     def _outline(self) -> None:
@@ -156,13 +161,10 @@ class _Builder:
             if child is None:
                 lines.add(self.statements[place])
                 place += 1
+            elif repeated := self._repeated(child):
+                place = self._loop(lines, repeated)
             else:
-                inner = self.outlined[child]
-                takes, gives = self._boundary(child, inner)
-                self._write_class(child, inner, takes, gives)
-                call = f"⟦@{'.'.join(child)}⟧({', '.join(takes)})"
-                lines.add(Statement(tuple(gives), call, identifier(child[-1], "x"), child))
-                place = inner.stop
+                place = self._call(lines, child)
         results = ", ".join(lines.render(mark) for mark in outputs)
         annotation = "Tensor" if len(outputs) == 1 else "tuple[Tensor, ...]"
         takes_text = ", ".join(["self", *(f"{a}: Tensor" for a in arguments)])
@@ -173,6 +175,66 @@ class _Builder:
         ]
         default = self.name if not path else class_name(path[-1], "Layer")
         self.made[path] = self._class(path, [*self._init(path), "", *forward], default)
+
+    def _call(self, lines: "_Names", child: Path) -> int:
+        """Write a call of a module's own forward; the position behind its statements."""
+        span = self.outlined[child]
+        takes, gives = self._boundary(child, span)
+        self._write_class(child, span, takes, gives)
+        call = f"{_module_mark(child)}({', '.join(takes)})"
+        lines.add(Statement(tuple(gives), call, identifier(child[-1], "x"), child))
+        return span.stop
+
+    def _loop(self, lines: "_Names", layers: list["_Layer"]) -> int:
+        """Write a loop over a list of modules; the position behind their statements."""
+        for layer in layers:
+            self._write_class(layer.path, layer.span, layer.takes, [layer.gives])
+        first, last = layers[0], layers[-1]
+        given, item = first.takes[first.fed], unique("layer", lines.names.values())
+        if given[1] == "%" and self._is_used_in(given, first.span):
+            name = lines.names[given]  # for nothing else: it can have the next values
+        else:
+            name = unique("x", lines.names.values())
+            lines.lines.append(f"{name} = {lines.render(given)}")
+        lines.names[last.gives] = name
+        arguments = [lines.render(mark) for mark in first.takes]
+        arguments[first.fed] = name
+        lines.lines.append(f"for {item} in {lines.render(_module_mark(first.path[:-1]))}:")
+        lines.lines.append(f"    {name} = {item}({', '.join(arguments)})")
+        return last.span.stop
+
+    def _repeated(self, child: Path) -> list["_Layer"]:
+        """The modules of a list, if each takes what the one before it gives; else nothing."""
+        siblings = [(*child[:-1], key) for key in self._children(child[:-1])]
+        if [path[-1] for path in siblings] != [str(i) for i in range(len(siblings))]:
+            return []
+        layers: list[_Layer] = []
+        for path in siblings:
+            span = self.outlined.get(path)
+            if span is None or (layers and layers[-1].span.stop != span.start):
+                return []
+            takes, gives = self._boundary(path, span)
+            if len(gives) != 1:
+                return []
+            layers.append(_Layer(path, span, takes, gives[0], 0))
+        if len(layers) < 2 or layers[0].path != child:
+            return []
+        for before, layer in pairwise(layers):
+            if layer.takes.count(before.gives) != 1 or len(layer.takes) != len(before.takes):
+                return []
+            layer.fed = layer.takes.index(before.gives)
+            same = list(before.takes)
+            same[layer.fed : layer.fed + 1] = [before.gives]
+            if same != layer.takes or not self._is_used_in(before.gives, layer.span):
+                return []
+        layers[0].fed = layers[1].fed
+        return layers if len({layer.fed for layer in layers}) == 1 else []
+
+    def _is_used_in(self, mark: str, span: range) -> bool:
+        """Whether nothing else uses a value."""
+        if mark in self.translation.outputs:
+            return False
+        return all(place in span for place in self.users.get(mark, ()))
 
     def _child(self, path: Path, place: int) -> Path | None:
         """The outlined module directly below `path` that a statement belongs to."""
@@ -191,12 +253,8 @@ class _Builder:
                 foreign = mark[1] not in "%@" and _path(mark)[: len(path)] != path
                 if foreign or (mark[1] == "%" and mark not in inside):
                     takes[mark] = None
-        outside = set(self.translation.outputs)
-        for place, statement in enumerate(self.statements):
-            if place not in span:
-                outside.update(_marks(statement.code))
-        gives = [m for i in span for m in self.statements[i].results if m in outside]
-        return list(takes), gives
+        made = (mark for i in span for mark in self.statements[i].results)
+        return list(takes), [mark for mark in made if not self._is_used_in(mark, span)]
 
     def _init(self, path: Path) -> list[str]:
         """The lines of __init__: tensors of the module's own, and its children."""
@@ -247,6 +305,17 @@ class _Builder:
             name = self.translation.classes.get(path, default)
             self.bodies[text] = unique(name, self.bodies.values())
         return f"{self.bodies[text]}()"
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One of a list of modules that run one after the other."""
+
+    path: Path
+    span: range
+    takes: list[str]
+    gives: str
+    fed: int  # which of `takes` the module before it gives
 
 
 class _Names:
@@ -303,6 +372,10 @@ def _path(mark: str) -> Path:
 
 def _tensor_mark(path: Path) -> str:
     return f"⟦{'.'.join(path)}⟧"
+
+
+def _module_mark(path: Path) -> str:
+    return f"⟦@{'.'.join(path)}⟧"
 
 
 def _common(a: Path, b: Path) -> Path:
