@@ -173,11 +173,8 @@ def export(name: str, path: Path, *, optimize: bool = False) -> nn.Module:
     return model
 
 
-quick = ("gpt",)
-
-
 @pytest.mark.parametrize(
-    "name", [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+    "name", [n if n == "gpt" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 )
 def test_a_model_comes_back_from_onnx_and_trains_in_stages(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.onnx"

@@ -7,43 +7,39 @@ from collections.abc import Iterable
 
 from torch import nn
 
-# What generated code refers to, or what would change the meaning of a module that had it.
-_TAKEN = {
+# What generated code refers to by name.
+_NAMES = {
     *keyword.kwlist,
     *keyword.softkwlist,
     *dir(builtins),
-    *dir(nn.Module()),
-    *dir(nn.ModuleList()),
-    *(
-        "self",
-        "torch",
-        "nn",
-        "F",
-        "math",
-        "model",
-        "inputs",
-        "targets",
-        "loss",
-        "lstm",
-        "gru",
-        "rnn",
-    ),
+    *("self", "torch", "nn", "F", "model", "inputs", "targets", "loss", "lstm", "gru", "rnn"),
     *("Tensor", "Path", "safe_open", "hashlib", "WEIGHTS", "SHA256", "batch_size"),
     *("optimizer", "scheduler", "data", "outputs"),
 }
+# What a module has already.
+_ATTRIBUTES = {*keyword.kwlist, *dir(nn.Module()), *dir(nn.ModuleList()), "forward", "self"}
 _LONGEST = 60
 _DEEPEST = 12
 
 
 def identifier(name: str, default: str = "value") -> str:
-    """A valid, public and unreserved Python identifier in ASCII that resembles a name."""
+    """A valid, public Python identifier in ASCII that resembles a name and hides no other."""
+    return _unlike(_NAMES, name, default)
+
+
+def attribute(name: str, default: str = "value") -> str:
+    """The same for an attribute of a module, which must not be one that modules have."""
+    return _unlike(_ATTRIBUTES, name, default)
+
+
+def _unlike(taken: set[str], name: str, default: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_]+", "_", name)[:_LONGEST].strip("_")
     plain = re.sub(r"__+", "_", plain)
     if not plain:
         return default
     if plain[0].isdigit():
         plain = f"{default}_{plain}"
-    return f"{plain}_" if plain in _TAKEN else plain
+    return f"{plain}_" if plain in taken else plain
 
 
 def unique(name: str, used: Iterable[str]) -> str:
@@ -86,7 +82,7 @@ class Paths:
             if not last and _is_index(part) and tuple(parts[:depth]) in self._lists:
                 found.append(part)
             else:
-                found.append(identifier(part, "value" if last else "layer"))
+                found.append(attribute(part, "value" if last else "layer"))
         if found and found[0].isdigit():  # a list has an attribute that it is in
             found.insert(0, "layers")
         return tuple(found)
