@@ -16,11 +16,12 @@ if not (_here / "compiler").is_dir():  # a checkout: compiler/, passes/ and runt
 # Resolved on first use: importing torch takes seconds, and `p2bw --help` must not wait for it.
 _PUBLIC = {
     "compile": ("p2bw.compiler.driver", "compile_model"),
+    "opaque": ("p2bw.contract.stages", "opaque"),
     "load": ("p2bw.compiler.plan", "read_plan"),
     "verify": ("p2bw.compiler.verify", "verify"),
     "run": ("p2bw.launch", "run"),
 }
-__all__ = ["__version__", "compile", "load", "run", "verify"]
+__all__ = ["__version__", "compile", "load", "opaque", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -102,8 +102,20 @@ def _summary(plan: Plan) -> Iterable[str]:
         if len(tied.stages) > 1:
             stages = ", ".join(map(str, tied.stages))
             yield f"tied        {' = '.join(tied.names)} on stages {stages}: gradients are summed"
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for opaque in plan.opaque:
+        reasons.setdefault((opaque.type, opaque.reason), []).append(opaque.module)
+    for (kind, reason), modules in reasons.items():
+        shown = summarise_opaque(modules)
+        yield f"opaque      {shown} ({kind}): not traced, not cut, called as it is: {reason}"
     if any(stage.recompute for stage in plan.stages):
         yield "recompute   stages marked r run their forward again before the backward"
+
+
+def summarise_opaque(modules: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+    return ", ".join(modules[:3]) + more
 
 
 def summarise_modules(modules: Iterable[str]) -> str:

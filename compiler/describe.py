@@ -5,7 +5,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from p2bw.compiler.placement.evaluate import StageNumbers
 from p2bw.compiler.placement.instance import in_flight
 from p2bw.compiler.placement.result import Placement
-from p2bw.compiler.plan import Memory, Schedule, Seconds, Stage, TensorSpec, TiedSpec, TransferSpec
+from p2bw.compiler.plan import (
+    Memory,
+    OpaqueSpec,
+    Schedule,
+    Seconds,
+    Stage,
+    TensorSpec,
+    TiedSpec,
+    TransferSpec,
+)
 from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.split import StageGraph, Transfer
 from p2bw.compiler.storage import kept_storages
@@ -86,6 +95,25 @@ def tied_parameters(program: Program, cut: Iterable[StageGraph]) -> tuple[TiedSp
         )
         for name, where in stages.items()
         if len(where) > 1 or len(program.parameters[name].names) > 1
+    )
+
+
+def opaque_modules(program: Program, cut: Sequence[StageGraph]) -> tuple[OpaqueSpec, ...]:
+    """The modules that could not be traced, in program order."""
+    stage = {name: graph.index for graph in cut for name in graph.nodes}
+    nodes: dict[str, list[str]] = {}
+    for name, call in program.opaque.items():
+        nodes.setdefault(call.path, []).append(name)
+    return tuple(
+        OpaqueSpec(
+            module=path,
+            type=program.opaque[names[0]].type_name,
+            stages=tuple(sorted({stage[name] for name in names})),
+            reason=program.opaque[names[0]].reason,
+            flops_forward=sum(program.fact(name, "flops_forward") for name in names),
+            flops_backward=sum(program.fact(name, "flops_backward") for name in names),
+        )
+        for path, names in nodes.items()
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from p2bw import __version__
 from p2bw.compiler.artifact import check_destination, check_file, write_artifact, write_file
-from p2bw.compiler.describe import describe_stages, tensor_spec, tied_parameters
+from p2bw.compiler.describe import describe_stages, opaque_modules, tensor_spec, tied_parameters
 from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.explanation import PROBLEM
@@ -366,6 +366,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         inputs=tuple(tensor_spec(name, kind) for name, kind in program.inputs.items()),
         tied=tied_parameters(program, cut),
         stages=stages,
+        opaque=opaque_modules(program, cut),
     )
     return plan, emit_stages(program, cut, plan)
 

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +13,10 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.export.graph_signature import InputKind
 
-from p2bw.compiler.program import Attribute, NodeFacts, Program, Scope, TensorType
-from p2bw.compiler.trace_errors import AUTOCAST, at
+from p2bw.compiler.opaque import OPAQUE
+from p2bw.compiler.program import Attribute, NodeFacts, OpaqueCall, Program, Scope, TensorType
+from p2bw.compiler.trace_errors import AUTOCAST, UntraceableError, at
+from p2bw.contract.errors import ModelError
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.usercode import Line
 
@@ -46,8 +48,12 @@ def flatten(
     model: nn.Module,
     batch_size: int,
     input_names: Sequence[str],
+    opaque: Mapping[str, OpaqueCall],
 ) -> Program:
-    """The Program of an exported training step; `input_names` name its tensor inputs in order."""
+    """The Program of an exported training step.
+
+    `input_names` name its tensor inputs in order, `opaque` has its opaque calls by their names.
+    """
     flat = _Flat(file, model)
     operands = flat.placeholders(exported, input_names)
     loss = flat.copy(exported.graph, operands)
@@ -72,6 +78,9 @@ def flatten(
             {name: _known(name, value) for name, value in flat.constants.items() if name in used}
         ),
         facts=MappingProxyType({node.name: flat.facts[node.name] for node in nodes}),
+        opaque=MappingProxyType(
+            {n.name: opaque[str(n.args[0])] for n in nodes if n.target is OPAQUE}
+        ),
         history=("trace",),
     )
 
@@ -174,7 +183,8 @@ class _Flat:
         known = isinstance(node.target, OpOverload) or node.target is operator.getitem
         if not known and not _is_symbolic(value):  # check() judges symbols, if they matter
             name = getattr(node.target, "__name__", node.target)
-            raise at(line, f"the model uses {name}, which p2bw cannot cut into stages")
+            reason = f"the model uses {name}, which p2bw cannot cut into stages"
+            raise _untraceable(line, reason, self._scopes(node))
         new = self.graph.node_copy(node, env.__getitem__)
         self.values[new.name] = value
         self.lines[new.name] = line
@@ -216,11 +226,13 @@ class _Flat:
                 continue
             line = self.lines[node.name]
             if _is_symbolic(self.values[node.name]):
-                raise at(
+                scopes = self.facts[node.name].scopes
+                raise _untraceable(
                     line,
                     "the result depends on the values in a tensor, in its shape or as a Python "
                     "number; keep shapes fixed (torch.where instead of x[mask]) and numbers as "
                     "tensors (no .item())",
+                    scopes,
                 )
             for argument in _written(node):
                 if argument.op == "get_attr" and argument.target in self.constants:
@@ -229,6 +241,12 @@ class _Flat:
                         f"forward changes the tensor {argument.target}, which is neither a "
                         f"parameter nor a buffer; use self.register_buffer",
                     )
+
+
+def _untraceable(line: Line | None, message: str, scopes: Sequence[Scope]) -> ModelError:
+    """The error about a node that a Program cannot hold, made by the innermost of `scopes`."""
+    own = [scope.path for scope in scopes if not scope.type_name.startswith("torch.nn.")]
+    return UntraceableError(str(at(line, message)), own[-1] if own else "")
 
 
 def _attributes(model: nn.Module) -> Iterator[Attribute]:
@@ -371,6 +389,7 @@ def _has_effect(node: fx.Node) -> bool:
         return False
     return (
         node.target._schema.is_mutable
+        or node.target is OPAQUE  # it may write the module's buffers
         or torch.Tag.nondeterministic_seeded in node.target.tags
         or name in ("batch_norm", "instance_norm")  # write running statistics
     )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from p2bw.compiler.program import Program
+from p2bw.compiler.opaque_run import filled, with_slots
+from p2bw.compiler.program import OpaqueCall, Program
 
 
 def interpret(
@@ -44,6 +45,15 @@ def interpret(
                 if before_node:
                     before_node(node)
                 arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*arguments[0], **arguments[1])
+                if opaque := program.opaque.get(node.name):
+                    values[node] = _call(model, opaque, arguments[0][1])
+                else:
+                    values[node] = node.target(*arguments[0], **arguments[1])
     loss: torch.Tensor = values[program.loss]
     return loss
+
+
+def _call(model: nn.Module, opaque: OpaqueCall, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    args, kwargs = filled(opaque.arguments, inputs)
+    _, tensors = with_slots(model.get_submodule(opaque.path)(*args, **kwargs), "returns")
+    return tensors

@@ -57,6 +57,17 @@ class TiedSpec(Data):
     bytes: Count
 
 
+class OpaqueSpec(Data):
+    """A module that could not be traced: the stages call the user's own, and no cut divides it."""
+
+    module: str
+    type: str
+    stages: tuple[Count, ...]  # where it is called
+    reason: str  # why it could not be traced, and where
+    flops_forward: Count  # of all its calls; counted as it ran on the CPU, by itself
+    flops_backward: Count
+
+
 class Seconds(Data):
     """Compute of one stage for one microbatch; update is one optimizer step divided by m."""
 
@@ -139,9 +150,11 @@ class Plan(Data):
     inputs: tuple[TensorSpec, ...]  # of the program: the model's inputs, then the loss's targets
     tied: tuple[TiedSpec, ...]
     stages: tuple[Stage, ...]
+    opaque: tuple[OpaqueSpec, ...] = ()  # left out of the file if there are none
 
     def to_json(self) -> str:
-        data = self.model_dump(mode="json", by_alias=True)
+        left_out = set() if self.opaque else {"opaque"}
+        data = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -141,6 +141,46 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True)
+class Slot:
+    """Stands for a tensor, by its number, in the nested arguments or results of an opaque call."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaqueCall:
+    """One call of a module of the user's own that could not be traced, and what running it showed.
+
+    Its node calls p2bw::opaque with the call's tensors, then the module's parameters and buffers;
+    arguments are counted over all of these, as by `tensor_arguments`. What it costs was counted,
+    operator by operator, as it ran by itself on the CPU.
+    """
+
+    path: str  # of the module
+    type_name: str  # of its class: "moe.MoE"
+    reason: str  # why it could not be traced, and where
+    arguments: Any  # (args, kwargs), nested, with a Slot for each tensor
+    result: Any  # likewise
+    outputs: tuple[TensorType, ...]
+    strides: tuple[tuple[int, ...], ...]
+    requires_grad: tuple[bool, ...]
+    alias: tuple[int | None, ...]
+    mutates: tuple[int, ...]
+    saved: tuple[Saved, ...]
+    forward: "Work"
+    backward: "Work"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one direction of an opaque call takes."""
+
+    flops: int = 0
+    traffic: int = 0  # bytes read and written
+    kernels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Nodes that the placement moves as one, in program order."""
 
@@ -154,7 +194,7 @@ class Program:
 
     Nodes are placeholders (tensor inputs only), get_attr (targets: canonical names in
     parameters, buffers or constants; at most one node each), call_function (ATen overloads,
-    operator.getitem) and one output node whose single argument is the scalar loss.
+    p2bw::opaque, operator.getitem) and one output node whose single argument is the scalar loss.
     """
 
     graph: fx.Graph
@@ -165,6 +205,7 @@ class Program:
     buffers: Mapping[str, Attribute]
     constants: Mapping[str, torch.Tensor]  # tensors that the user's code made outside of forward
     facts: Mapping[str, NodeFacts]
+    opaque: Mapping[str, OpaqueCall] = field(default_factory=dict)  # node name -> its call
     blocks: tuple[Block, ...] | None = None
     history: tuple[str, ...] = ()
     _nodes: Mapping[str, fx.Node] = field(init=False, repr=False, compare=False)

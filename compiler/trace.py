@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from p2bw.compiler.flatten import LostConstantError, flatten
+from p2bw.compiler.opaque import Opaques
 from p2bw.compiler.program import Program
 from p2bw.compiler.trace_env import as_in_eager, tracing
 from p2bw.compiler.trace_errors import explain
@@ -21,6 +22,7 @@ from p2bw.contract.errors import ModelError
 from p2bw.modelfile.build import build, build_real
 from p2bw.modelfile.load import ModelFile
 from p2bw.modelfile.microbatch import describe, map_tensors, seeded
+from p2bw.modelfile.own import OwnModules
 
 
 class Step(nn.Module):
@@ -68,7 +70,10 @@ def _write_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def trace(file: ModelFile, batch_size: int) -> Program:
-    """Trace one training step for a microbatch of `batch_size` samples, without any weights."""
+    """Trace one training step for a microbatch of `batch_size` samples, without any weights.
+
+    A submodule that cannot be traced becomes one opaque call, and has its weights for a moment.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with seeded("model"):
         model = build(file, mode)
@@ -104,26 +109,35 @@ def _trace(
         _name(targets, _parameters(takes)[1:], keep, "target")
 
     losses: list[Tensor] = []
+    opaque = Opaques(file, model, OwnModules(file))
     step = Step(file, model, microbatch, losses.append)
 
     def export() -> Program:
         losses.clear()
-        with tracing(file):
+        with tracing(file), opaque.hidden():
             try:
                 exported = torch.export.export(step, tuple(tensors), strict=False)
             except Exception as error:
                 raise explain(error, step, mode, names, tensors) from error
         _check_loss(file, losses[-1])
-        return flatten(exported, file, model, batch_size, names)
+        return flatten(exported, file, model, batch_size, names, opaque.calls)
 
-    asked: set[str] = set()
-    try:
-        with as_in_eager(asked):
-            return export()
-    except ModelError:
-        if not asked:
-            raise
-    return export()  # the model has code of its own for export: it may need it
+    def attempt() -> Program:
+        asked: set[str] = set()
+        try:
+            with as_in_eager(asked):
+                return export()
+        except ModelError:
+            if not asked:
+                raise
+        return export()  # the model has code of its own for export: it may need it
+
+    while True:  # each time around, what failed has become opaque, or the call of it known
+        try:
+            return attempt()
+        except ModelError as error:
+            if not opaque.learn(error):
+                raise
 
 
 def _name(

@@ -16,6 +16,15 @@ AUTOCAST = (
     "torch.autocast(x.device.type, dtype=...) for an input x"
 )
 
+
+class UntraceableError(ModelError):
+    """What a module does cannot be a node of a program; `path` is the module's."""
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 # Exceptions by which torch says that Python asked for a value that only real data has.
 _DATA_DEPENDENT = (
     "GuardOnDataDependentSymNode",
@@ -29,12 +38,12 @@ def explain(
     error: Exception, step: Any, mode: FakeTensorMode, names: Sequence[str], tensors: list[Tensor]
 ) -> P2BWError:
     """The error to raise instead of what torch.export raised for a traced step."""
-    chain = list(_chain(error))
-    for link in chain:
+    links = list(chain(error))
+    for link in links:
         if isinstance(link, P2BWError):
             return link
     code, factory = step.file.code, step.file.factory
-    if any(_needs_values(link) for link in chain):
+    if any(_needs_values(link) for link in links):
         return at(
             code.line_of(error),
             "the model decides by the values in a tensor, which a compiled program cannot do; "
@@ -76,7 +85,8 @@ def at(line: Line | None, message: str) -> ModelError:
     return ModelError(f"{line}: {message}\n    {line.text}" if line.text else f"{line}: {message}")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

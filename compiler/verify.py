@@ -6,7 +6,7 @@ placement has put it. The oracle is the model as the user wrote it, run by eager
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -25,6 +25,7 @@ from p2bw.modelfile.load import ModelFile
 
 TOLERANCE = 1e-6
 _SEED = 20210701
+_APART = 1 << 40  # random operators in opaque modules are numbered from here
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,19 @@ class _SeededRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def __init__(self, indices: Iterator[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.indices = indices
+        self.opaque: list[Iterator[int]] = []  # within such calls, numbers of their own
+
+    def watch(self, module: nn.Module, paths: Iterable[str]) -> None:
+        """Number the random operators of opaque modules apart: how many there are, data decides."""
+        for path in paths:
+            part = module.get_submodule(path)
+            part.register_forward_pre_hook(lambda *_: self.opaque.append(count(_APART)))
+            part.register_forward_hook(lambda *_: self.opaque.pop() and None, always_call=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            torch.manual_seed(_SEED + next(self.indices, -1))
+            indices = self.opaque[-1] if self.opaque else self.indices
+            torch.manual_seed(_SEED + next(indices, -1))
         return func(*args, **(kwargs or {}))
 
 
@@ -89,7 +99,7 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
     artifact = Path(artifact)
     plan = read_plan(artifact)
     file = find_model_file(artifact, model=Path(model) if model else None)
-    stages = [load_stage(artifact, k) for k in range(plan.depth)]
+    stages = [load_stage(artifact, k, file) for k in range(plan.depth)]
     with _fp32_cpu():
         torch.manual_seed(_SEED)
         original = file.model()
@@ -101,7 +111,7 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
         )
         for stage in stages:
             copy_state(original, stage)
-        loss = _eager(file, original, inputs, targets)
+        loss = _eager(file, original, inputs, targets, [o.module for o in plan.opaque])
         staged, terms = _staged(plan, stages, values)
     return _compare(plan, original, stages, loss, staged, terms)
 
@@ -113,8 +123,11 @@ def _fp32_cpu() -> Iterator[None]:
         yield
 
 
-def _eager(file: ModelFile, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    with _SeededRandom(count()):
+def _eager(
+    file: ModelFile, model: nn.Module, inputs: Any, targets: Any, opaque: Iterable[str]
+) -> Tensor:
+    with _SeededRandom(count()) as random:
+        random.watch(model, opaque)
         loss = file.call(model, inputs, targets)
     torch.autograd.backward(loss)
     return loss.detach()
@@ -134,7 +147,8 @@ def _staged(
         arguments = [
             values[name] if name in spec.inputs else arrived[k, name] for name in spec.arguments
         ]
-        named = _forward(module, spec, arguments)
+        opaque = [o.module for o in plan.opaque if k in o.stages]
+        named = _forward(module, spec, arguments, opaque)
         produced.append(named)
         for send in spec.sends:
             tensor = named[send.tensor].detach().clone()
@@ -142,11 +156,14 @@ def _staged(
     return _backward(plan, produced, arrived)
 
 
-def _forward(module: nn.Module, spec: Stage, arguments: list[Tensor]) -> dict[str, Tensor]:
+def _forward(
+    module: nn.Module, spec: Stage, arguments: list[Tensor], opaque: Iterable[str]
+) -> dict[str, Tensor]:
     """Results of one stage by name; MismatchError if its code, perhaps edited, cannot give them."""
     where = f"stages/stage_{spec.index}.py"
     try:
-        with _SeededRandom(iter(spec.random)):
+        with _SeededRandom(iter(spec.random)) as random:
+            random.watch(module, opaque)
             results = module(*arguments)
     except Exception as error:
         raise MismatchError(f"{where} fails: {type(error).__name__}: {error}") from error

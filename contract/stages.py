@@ -5,6 +5,7 @@ import importlib.abc
 import importlib.util
 import sys
 import traceback
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2bw.contract.errors import InputFileError, MismatchError, ModelError
+from p2bw.contract.errors import InputFileError, MismatchError, ModelError, P2BWError
 from p2bw.contract.plan import Model, Plan, read_plan
 from p2bw.modelfile.load import ModelFile, load_model_file
+from p2bw.modelfile.own import OwnModules
 
 
 def find_model_file(artifact: Path, model: Path | None = None) -> ModelFile:
@@ -49,8 +51,28 @@ def stage_path(artifact: Path, index: int) -> Path:
     return artifact / "stages" / f"stage_{index}.py"
 
 
-def load_stage(artifact: Path, index: int) -> nn.Module:
-    """A new Stage from an artifact's stage file, with weights that mean nothing yet."""
+# Where the stage that is being loaded takes the user's own modules from.
+_own: ContextVar[OwnModules | None] = ContextVar("own", default=None)
+
+
+def opaque(stage_file: str, path: str) -> nn.Module:
+    """The user's own module at a path of the model, for a stage file: it could not be traced.
+
+    It comes from the model file that the stage's artifact was compiled from, without its weights:
+    like all of a stage's, they are loaded by name.
+    """
+    own = _own.get() or OwnModules(find_model_file(Path(stage_file).resolve().parents[1]))
+    module = own.blank(path)
+    for part in module.modules():
+        part.p2bw_opaque = True  # type: ignore[assignment]  # for the runtime: see Weights
+    return module
+
+
+def load_stage(artifact: Path, index: int, file: ModelFile | None = None) -> nn.Module:
+    """A new Stage from an artifact's stage file, with weights that mean nothing yet.
+
+    `file` is the artifact's model file, for modules of the user's own; looked for if not given.
+    """
     path = stage_path(artifact, index)
     name = f"_p2bw_stage_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     loader = _Source(path)
@@ -58,6 +80,7 @@ def load_stage(artifact: Path, index: int) -> nn.Module:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    lent = _own.set(OwnModules(file) if file is not None else None)
     try:
         loader.exec_module(module)
         # What is drawn is thrown away.
@@ -65,8 +88,12 @@ def load_stage(artifact: Path, index: int) -> nn.Module:
             stage = module.Stage()
     except FileNotFoundError:
         raise InputFileError(f"{artifact} has no stages/{path.name}; compile it anew") from None
+    except P2BWError:
+        raise
     except Exception as error:
         raise ModelError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+    finally:
+        _own.reset(lent)
     if not isinstance(stage, nn.Module):
         raise ModelError(f"stages/{path.name}: Stage() is no torch.nn.Module")
     return stage.train()

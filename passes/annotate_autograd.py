@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2bw.compiler.program import Program, Saved, TensorType, tensor_arguments
+from p2bw.compiler.program import OpaqueCall, Program, Saved, TensorType, tensor_arguments
 from p2bw.passes.execute import (
     Call,
     TensorMeta,
@@ -117,9 +117,10 @@ def _call(
     if node.target is getitem and not isinstance(results[arguments[0].name].structure, int):
         return _pick(results[arguments[0].name], node.args[1])
     inputs = tuple(results[argument.name].tensor for argument in arguments)
-    saw = _observe(program, node, inputs, observed)
+    opaque = program.opaque.get(node.name)
+    saw = _observed(opaque) if opaque else _observe(program, node, inputs, observed)
     values = tuple(_link(node, output, inputs) for output in saw.outputs)
-    mutates = _mutates(node)
+    mutates = opaque.mutates if opaque else _mutates(node)
     for value, output in zip(values, saw.outputs, strict=True):
         if output.alias in mutates and value.meta.requires_grad:
             # What is written in place with something that needs a gradient needs one from now on,
@@ -128,6 +129,29 @@ def _call(
                 view.meta = replace(view.meta, requires_grad=True)
     alias = tuple(output.alias for output in saw.outputs)
     return _Result(values, saw.structure, alias, mutates, saw.saved, saw.random_calls)
+
+
+def _observed(call: OpaqueCall) -> _Observation:
+    """What the run of an opaque call showed; its random numbers are its own affair."""
+    outputs = zip(call.outputs, call.strides, call.requires_grad, call.alias, strict=True)
+    return _Observation(
+        outputs=tuple(
+            _Output(
+                TensorMeta(
+                    shape=kind.shape,
+                    stride=stride,
+                    dtype=kind.dtype,
+                    requires_grad=gradient,
+                    storage_bytes=kind.bytes,
+                ),
+                alias,
+            )
+            for kind, stride, gradient, alias in outputs
+        ),
+        structure=tuple(range(len(call.outputs))),
+        saved=call.saved,
+        random_calls=0,
+    )
 
 
 def _given(program: Program, node: fx.Node) -> TensorMeta:
@@ -222,7 +246,7 @@ def _run(node: fx.Node, call: Call) -> _Observation:
     return _Observation(
         outputs=outputs,
         structure=tensor_index(result, lambda item: isinstance(item, Tensor)),
-        saved=tuple(_classify(kept, tensors, results)),
+        saved=tuple(classify_saved(kept, tensors, results)),
         random_calls=random.calls,
     )
 
@@ -249,7 +273,7 @@ def _meta(tensor: Tensor) -> TensorMeta:
     )
 
 
-def _classify(
+def classify_saved(
     kept: list[Tensor], inputs: tuple[Tensor, ...], outputs: list[Tensor]
 ) -> Iterator[Saved]:
     """One Saved per storage; a storage that is both an input's and an output's is an input."""

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from p2bw.compiler.program import Program, tensor_arguments
+from p2bw.compiler.program import Program, Work, tensor_arguments
 from p2bw.compiler.storage import picked_output
 from p2bw.passes.execute import (
     Call,
@@ -56,6 +56,10 @@ def annotate_cost(program: Program) -> Program:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target is getitem:
             costs[node.name] = _Cost()
+            continue
+        if opaque := program.opaque.get(node.name):
+            there, back = opaque.forward, opaque.backward if any(needed[node.name]) else Work()
+            costs[node.name] = _Cost(there.flops, back.flops, there.traffic, back.traffic)
             continue
         key = (_call(program, node), needed[node.name])
         if key not in measured:
@@ -132,7 +136,7 @@ def _measure(node: fx.Node, call: Call, needed: tuple[bool, ...]) -> tuple[int, 
     """FLOPs forward, FLOPs backward, and bytes that the backward's operators move."""
     inputs = make_inputs(call, "meta")
     counter = FlopCounterMode(display=False)
-    traffic = _CountTraffic()
+    traffic = CountTraffic()
     with counter:
         outputs = list(flatten_tensors(invoke(node, inputs.tensors, "meta")))
         forward = counter.get_total_flops()
@@ -146,16 +150,18 @@ def _measure(node: fx.Node, call: Call, needed: tuple[bool, ...]) -> tuple[int, 
     return forward, counter.get_total_flops() - forward, traffic.bytes
 
 
-class _CountTraffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes that operators read and write; views move none."""
+class CountTraffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes that operators read and write, and counts the operators; views are free."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
+        self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
+            self.kernels += 1
             self.bytes += sum(map(_tensor_bytes, flatten_tensors((args, result))))
         return result
 

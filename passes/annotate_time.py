@@ -11,17 +11,19 @@ def annotate_time(program: Program, *, device: Device) -> Program:
     """Seconds forward and backward of each node: the slower of arithmetic and memory, per kernel.
 
     A node that moves nothing and computes nothing (a view) takes no time; any other pays the
-    device's overhead of one launch.
+    device's overhead of one launch, and an opaque call that of all it was seen to launch.
     """
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
     for node in program.graph.nodes:
         rate = device.sustained_flops(_arithmetic(program, node))
+        opaque = program.opaque.get(node.name)
         for seconds, direction in ((forward, "forward"), (backward, "backward")):
             flops = program.fact(node, f"flops_{direction}")
             traffic = program.fact(node, f"traffic_{direction}")
             busy = max(flops / rate, traffic / device.sustained_bandwidth)
-            seconds[node.name] = busy + device.op_overhead_s if busy else 0.0
+            launches = getattr(opaque, direction).kernels if opaque else 1
+            seconds[node.name] = busy + launches * device.op_overhead_s if busy else 0.0
     return program.learn("annotate_time", forward_s=forward, backward_s=backward)
 
 

@@ -75,7 +75,7 @@ def initial_stage(
 ) -> nn.Module:
     """A stage with its first weights; `turn` waits until it may make them, and says how."""
     job = prepared.job
-    module = load_stage(job.artifact, stage)
+    module = load_stage(job.artifact, stage, prepared.file)
     with turn(module) if turn else nullcontext(job.init) as init:
         fill_stage(prepared.file, module, seed=job.seed, init=init, weights=job.weights, say=say)
     return module.to(device)

@@ -17,6 +17,7 @@ _IMPORTS = {
     "from torch import Tensor, nn",
     "from torch import Tensor",
     "from torch import nn",
+    "from p2bw import opaque",
 }
 _BUILTINS = {"super", "next", "range", "str", "tuple", "int", "float", "None"}
 
@@ -26,7 +27,8 @@ def check(text: str) -> ast.Module:
     tree = ast.parse(text)
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert "Stage" in classes
-    known = {"torch", "F", "nn", "Tensor", "OrderedDict", *classes, *_BUILTINS}
+    known = {"torch", "F", "nn", "Tensor", "OrderedDict", "opaque", "__file__"}
+    known |= classes | _BUILTINS
     for statement in tree.body:
         if not isinstance(statement, ast.ClassDef):
             _check(statement, known)

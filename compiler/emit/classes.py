@@ -34,7 +34,7 @@ class Classes:
     of: dict[int, Class] = field(default_factory=dict)  # by identity of the module
     numbers: dict[int, list[Num]] = field(default_factory=dict)
 
-    def arguments(self, module: Module) -> dict[str, int | float]:
+    def arguments(self, module: Module) -> dict[str, int | float | str]:
         """The constructor's arguments for one instance."""
         cls = self.of[id(module)]
         return {n: self.numbers[id(module)][i].value for n, i in cls.parameters.items()}
@@ -99,7 +99,7 @@ def _child(classes: Classes, module: Module, numbers: list[Num]) -> object:
         numbers.extend(Num(own[column].value, name) for name, column in cls.parameters.items())
         # Tensors that only the world outside of the class knows are part of its definition.
         return ("class", id(cls))
-    if module.kind is Kind.LEAF:
+    if module.kind in (Kind.LEAF, Kind.OPAQUE):
         assert module.constructor is not None
         return ("leaf", skeleton(module.constructor, numbers), _held(classes, module, numbers))
     return (module.kind.value, module.is_container, _held(classes, module, numbers))
@@ -109,7 +109,7 @@ def _settle(classes: Classes, instances: list[Module]) -> Iterator[Class]:
     """Decide the parameters of a group; too many, and it is several classes."""
     rows = [classes.numbers[id(module)] for module in instances]
     cls = Class(instances, columns=[""] * len(rows[0]))
-    names: dict[tuple[int | float, ...], str] = {}
+    names: dict[tuple[int | float | str, ...], str] = {}
     for column, numbers in enumerate(zip(*rows, strict=True)):
         values = tuple(number.value for number in numbers)
         if len(set(map(repr, values))) == 1:

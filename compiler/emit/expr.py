@@ -25,9 +25,9 @@ class Raw(Node):
 
 @dataclass(frozen=True, slots=True)
 class Num(Node):
-    """An int or float; where isomorphic modules differ in it, a parameter of their class."""
+    """An int, float or str; where isomorphic modules differ in it, a parameter of their class."""
 
-    value: int | float
+    value: int | float | str
     name: str = "value"
 
 
@@ -120,6 +120,8 @@ def children(node: Node) -> tuple[Node, ...]:
             return (base, *items)
         case Seq(_, items):
             return items
+        case Dict(pairs):
+            return tuple(value for _, value in pairs)
     return ()
 
 
@@ -154,10 +156,14 @@ def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
             node = Index(base, tuple(rebuild(item, change) for item in items))
         case Seq(brackets, items):
             node = Seq(brackets, tuple(rebuild(item, change) for item in items))
+        case Dict(pairs):
+            node = Dict(tuple((key, rebuild(value, change)) for key, value in pairs))
     return change(node)
 
 
-def number(value: int | float) -> str:
+def number(value: int | float | str) -> str:
+    if isinstance(value, str):
+        return quoted(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
     return repr(value).replace("e+", "e")
@@ -187,7 +193,7 @@ def _strength(node: Node) -> int:
             return _BINARY[op]
         case Unary(_, _):
             return _UNARY
-        case Num(value, _) if value < 0 or value != value:
+        case Num(int() | float() as value, _) if value < 0 or value != value:
             return _UNARY if math.isfinite(value) or value < 0 else _ATOM
         case Raw(text) if text.startswith("-"):
             return _UNARY

@@ -45,6 +45,7 @@ class StageHeader:
     memory_limit: int
     receives: tuple[Wire, ...]
     sends: tuple[Wire, ...]
+    opaque: tuple[tuple[str, str, str], ...]  # module, class and why it was not traced
     origin: str  # what it was compiled from: "examples/gpt.py:model"
     version: str
 
@@ -88,6 +89,7 @@ def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeade
         memory_limit=memory.limit,
         receives=wires(stage.receives),
         sends=wires(stage.sends, passed_on=received),
+        opaque=tuple((o.module, o.type, o.reason) for o in plan.opaque if index in o.stages),
         origin=f"{plan.model.file}:{plan.model.factory}",
         version=plan.p2bw_version,
     )
@@ -120,10 +122,23 @@ def format_header(header: StageHeader) -> str:
     lines += [
         *([""] if wires else []),
         f"Written by p2bw {plain(header.version)} from {plain(header.origin)}.",
-        "Imports only torch; yours to read, change and run.",
+        *_ownership(header),
         "",
     ]
     return "\n".join(lines)
+
+
+def _ownership(header: StageHeader) -> list[str]:
+    if not header.opaque:
+        return ["Imports only torch; yours to read, change and run."]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for path, kind, reason in header.opaque:
+        reasons.setdefault((kind, reason), []).append(path)
+    lines = []
+    for (kind, reason), paths in reasons.items():
+        text = f"{spans(paths, width=300)}: your own {kind}, called as it is: {reason}"
+        lines += wrapped(plain(text), WIDTH)
+    return [*lines, "", "Imports torch, and your own modules by p2bw; yours to read, change and run."]
 
 
 def _title(header: StageHeader) -> list[str]:

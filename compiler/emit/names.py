@@ -19,7 +19,7 @@ _RESERVED = {
     *dir(builtins),
     *keyword.kwlist,
     *keyword.softkwlist,
-    *("self", "torch", "F", "nn", "Tensor", "Stage", "OrderedDict", "l", "I", "O"),
+    *("self", "torch", "F", "nn", "Tensor", "Stage", "OrderedDict", "opaque", "l", "I", "O"),
 }
 
 

@@ -28,8 +28,13 @@ from p2bw.compiler.program import TensorType
 def access(module: Module, path: str, text: str = "self") -> str:
     """How to reach a module or tensor below `module`: self.h["3"].attn.weight."""
     current: Module | None = module
-    for part in path.split(".") if path else ():
+    names = path.split(".") if path else []
+    for position, part in enumerate(names):
         assert current is not None
+        if current.kind is Kind.OPAQUE:
+            owner = ".".join(names[position:-1])
+            inside = f".get_submodule({quoted(owner)})" if owner else ""
+            return f"{text}{inside}.{names[-1]}"
         child = current.children.get(part)
         if child is None:
             text += f".{part}" if is_plain(part) else f".{_getter(current, part)}({quoted(part)})"
@@ -177,7 +182,7 @@ class Writer:
             numbers = [Num(own[column].value, name) for name, column in cls.parameters.items()]
             values = [self._constructor(value) for value in numbers]
             return Call(Raw(cls.name), (), tuple(zip(cls.parameters, values, strict=True)))
-        if module.kind is Kind.LEAF:
+        if module.kind in (Kind.LEAF, Kind.OPAQUE):
             assert module.constructor is not None
             expr = self._constructor(module.constructor)
             more += self._held(module, text)

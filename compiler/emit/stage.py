@@ -16,7 +16,7 @@ from p2bw.compiler.split import StageGraph
 def emit_stage(
     program: Program, stage: StageGraph, depth: int, header: str | StageHeader = ""
 ) -> str:
-    """Python source of one stage: imports torch alone and ends with `class Stage(nn.Module)`."""
+    """Python source of one stage: imports torch alone, but for opaque modules, and ends with `class Stage(nn.Module)`."""
     layout = lay_out_regions(program, stage)
     names = tensor_names(program)
     sent = [name for name in stage.results if name != program.loss.name]
@@ -51,4 +51,6 @@ def _imports(code: str) -> str:
     if "F" in used:
         lines.append("import torch.nn.functional as F")
     lines.append(f"from torch import {', '.join(n for n in ('Tensor', 'nn') if n in used)}")
+    if "opaque" in used:
+        lines += ["", "from p2bw import opaque"]
     return "\n".join(lines)

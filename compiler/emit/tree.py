@@ -11,6 +11,7 @@ from p2bw.compiler.program import TensorType
 class Kind(Enum):
     CLASS = "class"  # a class of the emitted file
     LEAF = "leaf"  # a module of torch.nn
+    OPAQUE = "opaque"  # the user's own module; what it holds is its own affair
     SEQUENTIAL = "sequential"
     HOLDER = "holder"  # never called: a container, or a module whose parameters others use
 
@@ -108,6 +109,10 @@ class Module:
     def hold(self, path: str, tensor: Tensor) -> None:
         """Declare a tensor at a path below, unless the module there has it already."""
         owner_path, _, name = path.rpartition(".")
+        parts = owner_path.split(".")
+        above = (self.find(".".join(parts[: i + 1])) for i in range(len(parts)))
+        if any(module is not None and module.kind is Kind.OPAQUE for module in above):
+            return
         owner = self.child(owner_path)
         if name not in owner.provides:
             owner.tensors.setdefault(name, tensor)

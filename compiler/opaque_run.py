@@ -1,0 +1,203 @@
+"""Run one module of the user's by itself, for real, and see what a call of it gives and costs."""
+
+import keyword
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from p2bw.compiler.program import Saved, Slot, TensorType, Work
+from p2bw.modelfile.microbatch import seeded
+from p2bw.passes.annotate_autograd import classify_saved
+from p2bw.passes.annotate_cost import CountTraffic
+from p2bw.passes.execute import storage_of
+
+_aten = torch.ops.aten
+# The CPU's own kernels of attention, which torch's counter does not know.
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+class UnfitError(Exception):
+    """A module cannot be one opaque call; the text goes on after its path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A tensor that a call is given, without its values."""
+
+    type: TensorType
+    stride: tuple[int, ...]
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What a call gave; see OpaqueCall."""
+
+    result: Any
+    outputs: tuple[TensorType, ...]
+    strides: tuple[tuple[int, ...], ...]
+    requires_grad: tuple[bool, ...]
+    alias: tuple[int | None, ...]
+    mutates: tuple[int, ...]
+    saved: tuple[Saved, ...]
+    forward: Work
+    backward: Work
+
+
+def with_slots(value: Any, what: str) -> tuple[Any, list[Tensor]]:
+    """Nested arguments or results with a Slot for each tensor, and the tensors."""
+    leaves, spec = tree_flatten(value)
+    tensors: list[Tensor] = []
+    slots: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            slots.append(Slot(len(tensors)))
+            tensors.append(leaf)
+        elif isinstance(leaf, _PLAIN):
+            slots.append(leaf)
+        else:
+            kind = type(leaf)
+            raise UnfitError(f"{what} a {kind.__module__}.{kind.__qualname__}, which is no tensor")
+    return tree_unflatten(slots, spec), tensors
+
+
+def is_writable(arguments: Any) -> bool:
+    """Whether a call can be written as code: lists, tuples and dicts, keywords that are names."""
+    args, kwargs = arguments
+    names = (name.isidentifier() and not keyword.iskeyword(name) for name in kwargs)
+    return all(names) and _is_plain((args, kwargs))
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return isinstance(value, (Slot, *_PLAIN))
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether all of a result can be reached by indices and keys."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_nested, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _is_nested(v) for key, v in value.items())
+    return isinstance(value, (Slot, *_PLAIN))
+
+
+def filled(value: Any, tensors: list[Tensor]) -> Any:
+    """Nested arguments or results with the tensors in their places."""
+    leaves, spec = tree_flatten(value)
+    filled = [tensors[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in leaves]
+    return tree_unflatten(filled, spec)
+
+
+def state_of(module: nn.Module) -> list[Tensor]:
+    """What a call of the module works with besides its arguments, in the order of the node's."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def observe(
+    module: Callable[[], nn.Module],
+    arguments: Any,
+    tensors: tuple[Argument, ...],
+    regions: Callable[[], ExitStack],
+) -> Observed:
+    """Run a call twice, on different values: what it gives must not depend on them in its shape.
+
+    `module` gives it with its first weights, `regions` enters what surrounds the call.
+    """
+    first = _run(module(), arguments, tensors, regions, seed="0")
+    second = _run(module(), arguments, tensors, regions, seed="1")
+    if (first.result, first.outputs) != (second.result, second.outputs):
+        kinds = " and ".join(", ".join(map(str, run.outputs)) for run in (first, second))
+        raise UnfitError(f"returns results whose form depends on the values it is given: {kinds}")
+    return first
+
+
+def _run(
+    module: nn.Module,
+    arguments: Any,
+    given: tuple[Argument, ...],
+    regions: Callable[[], ExitStack],
+    seed: str,
+) -> Observed:
+    with seeded(f"opaque:{seed}"), torch.enable_grad():
+        leaves = [_draw(argument) for argument in given]
+        inputs = [leaf.clone() if leaf.requires_grad else leaf for leaf in leaves]
+        state = state_of(module)
+        everything = [*inputs, *state]
+        versions = [tensor._version for tensor in everything]
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        args, kwargs = filled(arguments, inputs)
+        with _counting() as forward, saved_tensors_hooks(pack, lambda tensor: tensor), regions():
+            returned = module(*args, **kwargs)
+        result, outputs = with_slots(returned, "returns")
+        if not _is_nested(result):
+            raise UnfitError(f"returns a {type(result).__qualname__}, not tensors in containers")
+        buffers = {id(buffer) for buffer in module.buffers()}
+        mutates = tuple(
+            i
+            for i, (tensor, version) in enumerate(zip(everything, versions, strict=True))
+            if tensor._version != version
+            or (i >= len(inputs) + len(list(module.parameters())) and id(tensor) not in buffers)
+        )
+        saved = tuple(classify_saved(kept, tuple(everything), outputs))
+        kept.clear()
+        with _counting() as backward:
+            _backward(outputs, [*leaves, *module.parameters()])
+    owner = {storage_of(t): i for i, t in reversed(list(enumerate(everything)))}
+    return Observed(
+        result=result,
+        outputs=tuple(TensorType(tuple(t.shape), t.dtype) for t in outputs),
+        strides=tuple(t.stride() for t in outputs),
+        requires_grad=tuple(t.requires_grad for t in outputs),
+        alias=tuple(owner.get(storage_of(t)) for t in outputs),
+        mutates=mutates,
+        saved=saved,
+        forward=forward(),
+        backward=backward(),
+    )
+
+
+def _draw(argument: Argument) -> Tensor:
+    """Values for an argument: whole numbers are 0 and 1, small enough for any table."""
+    kind = argument.type
+    tensor = torch.empty_strided(kind.shape, argument.stride, dtype=kind.dtype)
+    if kind.dtype.is_floating_point or kind.dtype.is_complex:
+        tensor.normal_()
+        return tensor.requires_grad_(argument.requires_grad)
+    return tensor.copy_(torch.randint(2, kind.shape))
+
+
+def _backward(outputs: list[Tensor], leaves: list[Tensor]) -> None:
+    ends = [output for output in outputs if output.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if ends and wanted:
+        gradients = [torch.ones_like(end) for end in ends]
+        torch.autograd.grad(ends, wanted, gradients, allow_unused=True)
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[], Work]]:
+    """Counts what is done inside; asked after it, says how much that was."""
+    flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    traffic = CountTraffic()
+    with traffic, flops:
+        yield lambda: Work(flops.get_total_flops(), traffic.bytes, traffic.kernels)
