@@ -41,7 +41,7 @@ OPAQUE = torch.ops.p2bw.opaque.default
 _outputs: dict[str, Observed] = {}  # of the calls in the trace that is being made
 
 
-@torch.library.register_fake("p2bw::opaque", lib=_library)
+@torch.library.register_fake("p2bw::opaque", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(call: str, inputs: list[Tensor], state: list[Tensor]) -> list[Tensor]:
     saw = _outputs[call]
     return [
@@ -163,7 +163,8 @@ class Opaques:
                 if self._hide(call.path, cause):
                     return True
                 raise self._refused(call.path, reason) from error
-            # It does not run at all, or only on values that are not known here.
+            if str(cause).partition(": ")[0] == str(error).partition(": ")[0]:
+                raise cause from error  # the user's own mistake, there as here
             raise ModelError(f"{cause}\n{error}") from error
         self.known[self._key(call)] = saw
         return True
@@ -203,7 +204,7 @@ def blamed(error: ModelError, model: nn.Module) -> str | None:
     for link in chain(error):
         if isinstance(link, UntraceableError):
             return link.path
-        running = []
+        running: list[str] = []
         traceback = link.__traceback__
         while traceback is not None:
             frame, code = traceback.tb_frame, traceback.tb_frame.f_code

@@ -111,30 +111,46 @@ def state_of(module: nn.Module) -> list[Tensor]:
 def observe(
     module: Callable[[], nn.Module],
     arguments: Any,
-    tensors: tuple[Argument, ...],
+    given: tuple[Argument, ...],
     regions: Callable[[], ExitStack],
 ) -> Observed:
-    """Run a call twice, on different values: what it gives must not depend on them in its shape.
+    """Run a call, then on other values: the form of what it gives must not depend on them.
 
     `module` gives it with its first weights, `regions` enters what surrounds the call.
     """
-    first = _run(module(), arguments, tensors, regions, seed="0")
-    second = _run(module(), arguments, tensors, regions, seed="1")
-    if (first.result, first.outputs) != (second.result, second.outputs):
-        kinds = " and ".join(", ".join(map(str, run.outputs)) for run in (first, second))
-        raise UnfitError(f"returns results whose form depends on the values it is given: {kinds}")
-    return first
+    tensors = [_draw(argument, 0) for argument in given]
+    saw = _run(module(), arguments, given, tensors, regions)
+    for number in (1, 2, 3):
+        tensors = [_draw(argument, number) for argument in given]
+        args, kwargs = filled(arguments, tensors)
+        try:
+            with seeded("opaque"), torch.no_grad(), regions():
+                result, outputs = with_slots(module()(*args, **kwargs), "returns")
+        except UnfitError:
+            raise
+        except Exception:
+            continue  # values that it does not take; it took those before
+        kinds = _types(outputs)
+        if (saw.result, saw.outputs) != (result, kinds):
+            forms = " and ".join(", ".join(map(str, form)) for form in (saw.outputs, kinds))
+            raise UnfitError(f"returns what depends on the values that it is given: {forms}")
+    return saw
+
+
+def _types(tensors: list[Tensor]) -> tuple[TensorType, ...]:
+    return tuple(TensorType(tuple(t.shape), t.dtype) for t in tensors)
 
 
 def _run(
     module: nn.Module,
     arguments: Any,
     given: tuple[Argument, ...],
+    tensors: list[Tensor],
     regions: Callable[[], ExitStack],
-    seed: str,
 ) -> Observed:
-    with seeded(f"opaque:{seed}"), torch.enable_grad():
-        leaves = [_draw(argument) for argument in given]
+    with seeded("opaque"), torch.enable_grad():
+        wanted = [argument.requires_grad for argument in given]
+        leaves = [t.requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
         inputs = [leaf.clone() if leaf.requires_grad else leaf for leaf in leaves]
         state = state_of(module)
         everything = [*inputs, *state]
@@ -165,7 +181,7 @@ def _run(
     owner = {storage_of(t): i for i, t in reversed(list(enumerate(everything)))}
     return Observed(
         result=result,
-        outputs=tuple(TensorType(tuple(t.shape), t.dtype) for t in outputs),
+        outputs=_types(outputs),
         strides=tuple(t.stride() for t in outputs),
         requires_grad=tuple(t.requires_grad for t in outputs),
         alias=tuple(owner.get(storage_of(t)) for t in outputs),
@@ -176,14 +192,17 @@ def _run(
     )
 
 
-def _draw(argument: Argument) -> Tensor:
-    """Values for an argument: whole numbers are 0 and 1, small enough for any table."""
+def _draw(argument: Argument, number: int) -> Tensor:
+    """Values for an argument: of either sign, or of one; whole numbers that suit any table."""
     kind = argument.type
     tensor = torch.empty_strided(kind.shape, argument.stride, dtype=kind.dtype)
-    if kind.dtype.is_floating_point or kind.dtype.is_complex:
+    with seeded(f"opaque:{number}"):
+        if not (kind.dtype.is_floating_point or kind.dtype.is_complex):
+            return tensor.copy_(torch.randint(2, kind.shape))
         tensor.normal_()
-        return tensor.requires_grad_(argument.requires_grad)
-    return tensor.copy_(torch.randint(2, kind.shape))
+    if kind.dtype.is_complex:
+        return tensor
+    return tensor if number < 2 else tensor.abs() if number == 2 else -tensor.abs()
 
 
 def _backward(outputs: list[Tensor], leaves: list[Tensor]) -> None:

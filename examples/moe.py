@@ -1,4 +1,4 @@
-"""A small mixture of experts like Mixtral (arXiv:2401.04088), its routing as plain Python writes it.
+"""A mixture of experts like Mixtral (arXiv:2401.04088), routed as one writes it in plain PyTorch.
 
 Each token goes to the two experts that its router likes best, and each expert sees just its own
 tokens: how many, and whether any, the data decides. No tracer can follow that, so `MoE` stays a

@@ -36,6 +36,12 @@ class Weights:
                 slot = (module.get_submodule(owner), attribute)
                 self.slots.setdefault(names[parameter], []).append(slot)
         self.sets = [first]
+        # Of modules that could not be traced: the data may decide that a weight has no gradient.
+        self.fickle = [
+            name
+            for name, slots in self.slots.items()
+            if any(hasattr(owner, "p2bw_opaque") for owner, _ in slots)
+        ]
         for _ in range(1, copies):
             self.sets.append({n: nn.Parameter(p.detach().clone()) for n, p in first.items()})
         self.plugged = 0
@@ -91,6 +97,20 @@ class Weights:
                     taken[name] = taken[name] + leaf.grad if name in taken else leaf.grad
                     leaf.grad = None
         return taken
+
+    def complete(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients with zeros for those that data may leave out, in one order on all replicas.
+
+        And which of these there are, as ones and zeros: of what no replica has, none is used.
+        """
+        leaves = self.leaves(0)
+        made = {
+            name: gradients[name] if name in gradients else torch.zeros_like(leaves[name])
+            for name in self.names
+            if name in gradients or name in self.fickle
+        }
+        present = torch.tensor([float(name in gradients) for name in self.fickle])
+        return made, present.to(leaves[self.fickle[0]].device) if self.fickle else present
 
 
 def _prefix(age: int) -> str:

@@ -136,6 +136,7 @@ class Worker:
         # Of batches that are closed, but not updated with:
         self.gradients: dict[int, dict[str, Tensor]] = {}
         self.reductions: dict[int, Reduction] = {}
+        self.present: dict[int, Tensor] = {}  # replicas with a gradient for each fickle weight
         self.shares: dict[str, Tensor] = {}  # the stage's part of tied parameters' gradients
         self.sums: dict[str, Tensor] = {}  # and of all stages
         self.norm: Tensor | None = None
@@ -254,7 +255,13 @@ class Worker:
             self.batch_losses[batch] = self._take(channel)
         if self.pipeline.replicated:
             losses = [self.batch_losses[batch]] if batch in self.batch_losses else []
-            tensors = [*self.gradients[batch].values(), *losses]
+            self.gradients[batch], present = self.weights.complete(self.gradients[batch])
+            self.present[batch] = present
+            tensors = [
+                *self.gradients[batch].values(),
+                *losses,
+                *([present] if len(present) else []),
+            ]
             self.reductions[batch] = self.transport.reduce(tensors)
 
     def _gather(self, action: Action) -> None:
@@ -262,6 +269,9 @@ class Worker:
         if self.pipeline.replicated:
             with self._recorded(action):
                 self.reductions.pop(action.index).wait()
+            used = self.present.pop(action.index).tolist()
+            for name in (n for n, c in zip(self.weights.fickle, used, strict=True) if not c):
+                del self.gradients[action.index][name]
         gradients = self.gradients[action.index]
         for tensor, name in self.tied.items():
             share = gradients.pop(name, None)

@@ -179,7 +179,8 @@ class Builder:
         node = next(region.nodes())
         call = self.program.opaque[node.name]
         _, inputs, state = node.args
-        assert isinstance(inputs, list) and isinstance(state, list)
+        assert isinstance(inputs, list)
+        assert isinstance(state, list)
         module = frame.module.child(path)
         module.kind, module.type_name = Kind.OPAQUE, region.type_name
         module.constructor = constructor(call)

@@ -1,6 +1,6 @@
 """The docstring at the top of a stage file: the stage's numbers, for whoever reads the code."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,27 +118,28 @@ def format_header(header: StageHeader) -> str:
     table = [f"{name:<10}  {text}".rstrip() for name, text in rows]
     wires = [line for wire in header.receives for line in _wire("receives", wire, "from")]
     wires += [line for wire in header.sends for line in _wire("sends", wire, "to")]
-    lines = [*_title(header), "", *table, "", *wires]
+    opaque = [*_opaque(header)]
+    lines = [*_title(header), "", *table, "", *opaque, *([""] if opaque else []), *wires]
     lines += [
         *([""] if wires else []),
         f"Written by p2bw {plain(header.version)} from {plain(header.origin)}.",
-        *_ownership(header),
+        "Imports torch, and by p2bw your own module; yours to read, change and run."
+        if header.opaque
+        else "Imports only torch; yours to read, change and run.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _ownership(header: StageHeader) -> list[str]:
-    if not header.opaque:
-        return ["Imports only torch; yours to read, change and run."]
-    reasons: dict[tuple[str, str], list[str]] = {}
+def _opaque(header: StageHeader) -> Iterator[str]:
+    """The modules that could not be traced, those of one class and reason together."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for path, kind, reason in header.opaque:
-        reasons.setdefault((kind, reason), []).append(path)
-    lines = []
-    for (kind, reason), paths in reasons.items():
-        text = f"{spans(paths, width=300)}: your own {kind}, called as it is: {reason}"
-        lines += wrapped(plain(text), WIDTH)
-    return [*lines, "", "Imports torch, and your own modules by p2bw; yours to read, change and run."]
+        alike.setdefault((kind, reason), []).append(path)
+    for (kind, reason), paths in alike.items():
+        text = f"{spans(paths, width=300)}: {plain(kind)} as you wrote it, not traced: "
+        first, *more = wrapped(text + plain(reason), WIDTH - 12)
+        yield from (f"{'opaque':<10}  {first}", *(f"{'':<10}  {line}" for line in more))
 
 
 def _title(header: StageHeader) -> list[str]:

@@ -1,4 +1,4 @@
-"""Calls of modules that could not be traced: the stage holds the user's own module, and calls it."""
+"""Calls of modules that could not be traced: the stage holds the user's own and calls that."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -16,7 +16,10 @@ from p2bw.compiler.split import StageGraph
 def emit_stage(
     program: Program, stage: StageGraph, depth: int, header: str | StageHeader = ""
 ) -> str:
-    """Python source of one stage: imports torch alone, but for opaque modules, and ends with `class Stage(nn.Module)`."""
+    """Python source of one stage, which ends with `class Stage(nn.Module)`.
+
+    It imports torch alone, and where a module could not be traced, p2bw's way to it.
+    """
     layout = lay_out_regions(program, stage)
     names = tensor_names(program)
     sent = [name for name in stage.results if name != program.loss.name]
