@@ -89,6 +89,7 @@ class _Compiler:
             with self.phase("trace"):
                 self.say(f"tracing {self.file.path.name} at microbatch {batch_size}")
                 program = trace(self.file, batch_size)
+                self._tell(program)
                 self._dump(program)
             with self.phase("passes"):
                 self.say("annotating costs and memory")
@@ -99,6 +100,12 @@ class _Compiler:
                         break
             self.programs[batch_size] = program
         return self.programs[batch_size]
+
+    def _tell(self, program: Program) -> None:
+        """Say which classes of modules could not be traced, once."""
+        found = dict.fromkeys((c.type_name, c.reason) for c in program.opaque.values())
+        for kind, reason in found if not self.programs else ():
+            self.say(f"{kind} stays one call of your own module, not traced: {reason}")
 
     def _dump(self, program: Program) -> None:
         """Write the program as it is now, for --dump-passes; one microbatch size is enough."""

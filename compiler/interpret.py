@@ -46,14 +46,17 @@ def interpret(
                     before_node(node)
                 arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 if opaque := program.opaque.get(node.name):
-                    values[node] = _call(model, opaque, arguments[0][1])
+                    values[node] = call_opaque(model, opaque, arguments[0][1])
                 else:
                     values[node] = node.target(*arguments[0], **arguments[1])
     loss: torch.Tensor = values[program.loss]
     return loss
 
 
-def _call(model: nn.Module, opaque: OpaqueCall, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def call_opaque(
+    model: nn.Module, opaque: OpaqueCall, inputs: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What the node of an opaque call gives: the tensors that the model's own module returns."""
     args, kwargs = filled(opaque.arguments, inputs)
     _, tensors = with_slots(model.get_submodule(opaque.path)(*args, **kwargs), "returns")
     return tensors

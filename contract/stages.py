@@ -5,6 +5,8 @@ import importlib.abc
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,18 @@ def stage_path(artifact: Path, index: int) -> Path:
     return artifact / "stages" / f"stage_{index}.py"
 
 
-# Where the stage that is being loaded takes the user's own modules from.
+# Where a stage that is being made takes the user's own modules from.
 _own: ContextVar[OwnModules | None] = ContextVar("own", default=None)
+
+
+@contextmanager
+def lending(file: ModelFile | None) -> Iterator[None]:
+    """Stages that are made in here take the user's own modules from this model file."""
+    before = _own.set(OwnModules(file) if file is not None else None)
+    try:
+        yield
+    finally:
+        _own.reset(before)
 
 
 def opaque(stage_file: str, path: str) -> nn.Module:
@@ -80,11 +92,10 @@ def load_stage(artifact: Path, index: int, file: ModelFile | None = None) -> nn.
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    lent = _own.set(OwnModules(file) if file is not None else None)
     try:
         loader.exec_module(module)
         # What is drawn is thrown away.
-        with torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
+        with lending(file), torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
             stage = module.Stage()
     except FileNotFoundError:
         raise InputFileError(f"{artifact} has no stages/{path.name}; compile it anew") from None
@@ -92,8 +103,6 @@ def load_stage(artifact: Path, index: int, file: ModelFile | None = None) -> nn.
         raise
     except Exception as error:
         raise ModelError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
-    finally:
-        _own.reset(lent)
     if not isinstance(stage, nn.Module):
         raise ModelError(f"stages/{path.name}: Stage() is no torch.nn.Module")
     return stage.train()

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.devices import find_device
+from p2bw.compiler.interpret import call_opaque
 from p2bw.compiler.trace import trace
 from p2bw.modelfile.load import flatten_microbatch, load_model_file
 from p2bw.passes import pipeline, run_passes
@@ -37,7 +38,7 @@ class RealRun:
 
     def __init__(self, file, program):
         torch.manual_seed(0)
-        model = file.model()
+        self.model = model = file.model()
         self.program = program
         batch = program.batch_size
         self.feed = flatten_microbatch(file.inputs(batch), file.targets(batch))
@@ -71,6 +72,9 @@ class RealRun:
                         (node.args, node.kwargs), lambda n: values[n.name]
                     )
                     with self.program.entering(node):
-                        values[node.name] = node.target(*args, **kwargs)
+                        if opaque := self.program.opaque.get(node.name):
+                            values[node.name] = call_opaque(self.model, opaque, args[1])
+                        else:
+                            values[node.name] = node.target(*args, **kwargs)
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return values, size, random.calls

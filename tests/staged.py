@@ -15,6 +15,7 @@ from p2bw.compiler.program import Program
 from p2bw.compiler.split import StageGraph, split
 from p2bw.compiler.trace import trace
 from p2bw.compiler.verify import _SeededRandom
+from p2bw.contract.stages import lending
 from p2bw.modelfile.initial import copy_state
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.passes.annotate_autograd import annotate_autograd
@@ -53,10 +54,13 @@ def cut(
     return split(program, {name: used.index(k) for name, k in stage.items()}, tensors)
 
 
-def load(text: str) -> nn.Module:
+def load(text: str, file: ModelFile | None = None) -> nn.Module:
+    """A stage from its text; `file` is for opaque modules."""
     module = types.ModuleType("stage")
+    module.__file__ = "stage.py"
     exec(text, module.__dict__)
-    stage = module.Stage()
+    with lending(file):
+        stage = module.Stage()
     assert isinstance(stage, nn.Module)
     return stage
 
@@ -108,7 +112,7 @@ def compare(file: ModelFile, program: Program, stages: Sequence[StageGraph]) -> 
     model = file.model()
     feed = list(file.flatten_microbatch(file.inputs(program.batch_size), _targets(file, program)))
     texts = texts_of(program, stages)
-    modules = [load(text) for text in texts]
+    modules = [load(text, file) for text in texts]
     for module in modules:
         copy_state(model, module)
     with _SeededRandom(itertools.count()):

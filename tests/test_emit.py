@@ -64,13 +64,13 @@ def test_one_class_serves_all_layers() -> None:
 
 def test_a_stage_holds_the_parameters_that_it_uses_under_the_models_names() -> None:
     for name in PATHS:
-        _, program = example(name)
+        file, program = example(name)
         known = {
             n: a for a in (*program.parameters.values(), *program.buffers.values()) for n in a.names
         }
         used: set[str] = set()
         for stage, text in zip(cut(program, 3), texts_of(program, cut(program, 3)), strict=True):
-            module = load(text)
+            module = load(text, file)
             state = module.state_dict()
             assert {n for n in state if not known[n].persistent} == set()
             used |= {known[n].name for n, _ in module.named_parameters()}

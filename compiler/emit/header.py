@@ -45,9 +45,9 @@ class StageHeader:
     memory_limit: int
     receives: tuple[Wire, ...]
     sends: tuple[Wire, ...]
-    opaque: tuple[tuple[str, str, str], ...]  # module, class and why it was not traced
     origin: str  # what it was compiled from: "examples/gpt.py:model"
     version: str
+    opaque: tuple[tuple[str, str, str], ...] = ()  # module, class and why it was not traced
 
 
 def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeader:
@@ -123,7 +123,7 @@ def format_header(header: StageHeader) -> str:
     lines += [
         *([""] if wires else []),
         f"Written by p2bw {plain(header.version)} from {plain(header.origin)}.",
-        "Imports torch, and by p2bw your own module; yours to read, change and run."
+        "Imports torch, and p2bw for your own modules; yours to read, change and run."
         if header.opaque
         else "Imports only torch; yours to read, change and run.",
         "",
