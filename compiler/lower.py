@@ -210,10 +210,14 @@ def _summation_order(
 
 
 def _summed(program: Program, node: fx.Node, home: Mapping[str, str]) -> list[fx.Node]:
-    """The readers of a tensor that add to its gradient, in the program's order."""
+    """The readers of a tensor that add to its gradient, in the program's order.
+
+    An opaque call comes twice: inside it, any number of readers may.
+    """
     if not any(_gradients(program, node)):
         return []
-    return [user for user in node.users if user.name in home and any(_gradients(program, user))]
+    readers = [user for user in node.users if user.name in home and any(_gradients(program, user))]
+    return [user for user in readers for _ in range(1 + (user.name in program.opaque))]
 
 
 def _gradients(program: Program, node: fx.Node) -> tuple[bool, ...]:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import fx
 
+from p2bw.compiler.emit import opaque
 from p2bw.compiler.emit.attributes import Attributes, below, literal
 from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
 from p2bw.compiler.emit.hints import base_name, call_name, name_queries, unpacked_names
@@ -15,7 +16,6 @@ from p2bw.compiler.emit.leaf import BUFFERS, Leaf, Match
 from p2bw.compiler.emit.leaves import match_leaf
 from p2bw.compiler.emit.names import short_name
 from p2bw.compiler.emit.op import Op
-from p2bw.compiler.emit.opaque import call_of, constructor, is_flat, parts, taken
 from p2bw.compiler.emit.regions import Layout, Region
 from p2bw.compiler.emit.shapes import Shapes
 from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Value
@@ -183,39 +183,21 @@ class Builder:
         assert isinstance(state, list)
         module = frame.module.child(path)
         module.kind, module.type_name = Kind.OPAQUE, region.type_name
-        module.constructor = constructor(call)
+        module.constructor = opaque.constructor(call)
         module.children.clear()
         module.tensors.clear()
         for tensor in state:
             self.attributes.use(tensor, self.attributes.name(tensor, region.path))
-        expr = call_of(path, call, inputs, self._ref(frame, region))
-        source = self.program.facts[node.name].source
-        statement = Statement((), expr, self._context(frame, node), source=source)
+        expr = opaque.written(path, call, inputs, self._ref(frame, region))
         name = call_name(path, module, expr.args, self._type_of(node), frame.body)
-        frame.body.statements.append(statement)
-        of_index = self.layout.survey.parts.get(node, {})
-        used = {i: v for i, v in of_index.items() if self.layout.last_use.get(v, -1) >= 0}
-        if is_flat(call.result):
-            statement.forced = True
-            statement.targets = tuple(
-                self._target(frame, used[slot.index], f"{name}_{i}" if i else name)
-                if slot is not None and slot.index in used
-                else None
-                for i, slot in enumerate(call.result)
-            )
-            return
-        ways = [(way, used[index]) for way, index in parts(call.result) if index in used]
-        base: Node = expr
-        if len(ways) == 1:
-            frame.body.statements.pop()
-        elif ways:
-            statement.targets = (len(frame.body.values),)
-            base = Ref(len(frame.body.values))
-            frame.body.values.append(Value(None, name))
-        for i, (way, value) in enumerate(ways):
-            target = self._target(frame, value, f"{name}_{i}" if i else name)
-            part = Statement((target,), taken(base, way), statement.context, source=source)
-            frame.body.statements.append(part)
+        parts = self.layout.survey.parts.get(node, {})
+        used = {i: v for i, v in parts.items() if self.layout.last_use.get(v, -1) >= 0}
+        for statement in opaque.statements(
+            call, expr, name, frame.body, lambda i, name: self._target(frame, used[i], name), used
+        ):
+            statement.context = self._context(frame, node)
+            statement.source = self.program.facts[node.name].source
+            frame.body.statements.append(statement)
 
     def _region(self, frame: _Frame, region: Region) -> None:
         leaf = self._match(frame, region)

@@ -1,37 +1,34 @@
 """Calls of modules that could not be traced: the stage holds the user's own and calls that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from p2bw.compiler.emit.expr import Call, Dict, Index, Node, Num, Own, Raw, Seq, quoted
+from p2bw.compiler.emit.expr import Call, Dict, Index, Node, Num, Own, Raw, Ref, Seq, quoted
+from p2bw.compiler.emit.tree import Body, Statement, Value
 from p2bw.compiler.program import OpaqueCall, Slot
-
-# One result: how to take it from what the call returns, and its number.
-Part = tuple[tuple[Node, ...], int]
 
 
 def constructor(call: OpaqueCall) -> Call:
     """What gives the stage the module."""
-    return Call(
-        Raw("opaque"), (Raw("__file__"), Num(call.path, call.path.rpartition(".")[2] + "_path"))
-    )
+    name = call.path.rpartition(".")[2]
+    return Call(Raw("opaque"), (Raw("__file__"), Num(call.path, f"{name}_path")))
 
 
-def call_of(
+def written(
     path: str, call: OpaqueCall, inputs: Sequence[fx.Node], ref: Callable[[fx.Node], Node]
 ) -> Call:
     """The call as the user's code makes it; `path` is the module's in the class that calls it."""
 
-    def written(value: Any) -> Node:
+    def convert(value: Any) -> Node:
         if isinstance(value, Slot):
             return ref(inputs[value.index])
         if isinstance(value, (list, tuple)):
-            return Seq("[]" if isinstance(value, list) else "()", tuple(map(written, value)))
+            return Seq("[]" if isinstance(value, list) else "()", tuple(map(convert, value)))
         if isinstance(value, dict):
-            return Dict(tuple((quoted(str(k)), written(v)) for k, v in value.items()))
+            return Dict(tuple((quoted(str(k)), convert(v)) for k, v in value.items()))
         if isinstance(value, str):
             return Raw(quoted(value))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -40,12 +37,47 @@ def call_of(
         return Raw(repr(value))
 
     args, kwargs = call.arguments
-    return Call(
-        Own(path), tuple(map(written, args)), tuple((k, written(v)) for k, v in kwargs.items())
-    )
+    named = tuple((name, convert(value)) for name, value in kwargs.items())
+    return Call(Own(path), tuple(map(convert, args)), named)
 
 
-def is_flat(result: Any) -> bool:
+def statements(
+    call: OpaqueCall,
+    expr: Call,
+    name: str,
+    body: Body,
+    target: Callable[[int, str], int],
+    used: Container[int],
+) -> Iterator[Statement]:
+    """The call, and what takes the tensors that are used out of what it returns.
+
+    `target(i, name)` makes a local value of the i-th tensor.
+    """
+    if _is_flat(call.result):
+        targets = tuple(
+            target(item.index, f"{name}_{i}" if i else name)
+            if item is not None and item.index in used
+            else None
+            for i, item in enumerate(call.result)
+        )
+        yield Statement(targets, expr, forced=True)
+        return
+    places = [(way, i) for way, i in _places(call.result) if i in used]
+    base: Node = expr
+    if len(places) != 1:
+        whole = (len(body.values),) if places else ()
+        if places:
+            base = Ref(len(body.values))
+            body.values.append(Value(None, name))
+        yield Statement(whole, expr)
+    for number, (way, index) in enumerate(places):
+        taken = base
+        for key in way:
+            taken = Index(taken, (key,))
+        yield Statement((target(index, f"{name}_{number}" if number else name),), taken)
+
+
+def _is_flat(result: Any) -> bool:
     """Whether the results can be unpacked: `y, weights = self.moe(x)`."""
     return (
         type(result) in (list, tuple)
@@ -54,25 +86,15 @@ def is_flat(result: Any) -> bool:
     )
 
 
-def parts(result: Any, way: tuple[Node, ...] = ()) -> list[Part]:
-    """Where each tensor of a nested result lies."""
+def _places(result: Any, way: tuple[Node, ...] = ()) -> Iterator[tuple[tuple[Node, ...], int]]:
+    """Each tensor of a nested result: the keys that lead to it, and its number."""
     if isinstance(result, Slot):
-        return [(way, result.index)]
+        yield way, result.index
+    items: Any = ()
     if isinstance(result, (list, tuple)):
-        items: Any = enumerate(result)
+        items = enumerate(result)
     elif isinstance(result, dict):
         items = result.items()
-    else:
-        return []
-    return [
-        part
-        for key, value in items
-        for part in parts(value, (*way, Raw(quoted(key) if isinstance(key, str) else repr(key))))
-    ]
-
-
-def taken(base: Node, way: Sequence[Node]) -> Node:
-    """`base["logits"][0]`."""
-    for key in way:
-        base = Index(base, (key,))
-    return base
+    for key, value in items:
+        text = quoted(key) if isinstance(key, str) else repr(key)
+        yield from _places(value, (*way, Raw(text)))
