@@ -108,6 +108,8 @@ def _summary(plan: Plan) -> Iterable[str]:
     for (kind, reason), modules in reasons.items():
         shown = summarise_opaque(modules)
         yield f"opaque      {shown} ({kind}): not traced, not cut, called as it is: {reason}"
+    for note in plan.notes:
+        yield f"note        {note}"
     if any(stage.recompute for stage in plan.stages):
         yield "recompute   stages marked r run their forward again before the backward"
 

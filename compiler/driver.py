@@ -374,6 +374,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         tied=tied_parameters(program, cut),
         stages=stages,
         opaque=opaque_modules(program, cut),
+        notes=program.notes,
     )
     return plan, emit_stages(program, cut, plan)
 

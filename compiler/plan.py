@@ -150,10 +150,12 @@ class Plan(Data):
     inputs: tuple[TensorSpec, ...]  # of the program: the model's inputs, then the loss's targets
     tied: tuple[TiedSpec, ...]
     stages: tuple[Stage, ...]
-    opaque: tuple[OpaqueSpec, ...] = ()  # left out of the file if there are none
+    # Left out of the file if there are none:
+    opaque: tuple[OpaqueSpec, ...] = ()
+    notes: tuple[str, ...] = ()  # what else the user should know of the model's trace
 
     def to_json(self) -> str:
-        left_out = set() if self.opaque else {"opaque"}
+        left_out = {name for name in ("opaque", "notes") if not getattr(self, name)}
         data = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -205,6 +205,7 @@ class Program:
     buffers: Mapping[str, Attribute]
     constants: Mapping[str, torch.Tensor]  # tensors that the user's code made outside of forward
     facts: Mapping[str, NodeFacts]
+    notes: tuple[str, ...] = ()  # what the user should know of the trace, each with its line
     opaque: Mapping[str, OpaqueCall] = field(default_factory=dict)  # node name -> its call
     blocks: tuple[Block, ...] | None = None
     history: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ training graph that it yields is kept as it is: decomposing it breaks the traini
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,13 +115,15 @@ def _trace(
 
     def export() -> Program:
         losses.clear()
-        with tracing(file), opaque.hidden():
+        notes: dict[str, None] = {}
+        with tracing(file, notes), opaque.hidden():
             try:
                 exported = torch.export.export(step, tuple(tensors), strict=False)
             except Exception as error:
                 raise explain(error, step, mode, names, tensors) from error
         _check_loss(file, losses[-1])
-        return flatten(exported, file, model, batch_size, names, opaque.calls)
+        program = flatten(exported, file, model, batch_size, names, opaque.calls)
+        return replace(program, notes=tuple(notes))
 
     def attempt() -> Program:
         asked: set[str] = set()

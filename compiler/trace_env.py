@@ -6,13 +6,14 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import Any, TextIO, cast
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import fx
 
 from p2bw.compiler.trace_errors import AUTOCAST, at
@@ -22,14 +23,15 @@ from p2bw.modelfile.usercode import UserCode
 
 
 @contextmanager
-def tracing(file: ModelFile) -> Iterator[None]:
-    """Everything below at once."""
+def tracing(file: ModelFile, notes: dict[str, None]) -> Iterator[None]:
+    """Everything below at once; `notes` gets what the user should know of the trace."""
     with ExitStack() as stack:
         stack.enter_context(quiet(file.code))
         stack.enter_context(refuse_custom_functions(file.code))
         stack.enter_context(frozen_randomness(file))
         stack.enter_context(recording_lines(file.code))
         stack.enter_context(plain_regions())
+        stack.enter_context(plain_checkpoints(file.code, notes))
         yield
 
 
@@ -68,6 +70,41 @@ def plain_regions() -> Iterator[None]:
         for module in passes:
             name = module.__name__.rpartition(".")[2]
             stack.enter_context(mock.patch.object(module, name, lambda *unchanged: unchanged))
+        yield
+
+
+@contextmanager
+def plain_checkpoints(code: UserCode, notes: dict[str, None] | None = None) -> Iterator[None]:
+    """Let torch.utils.checkpoint just call what it is given, and note where that is.
+
+    Traced, it would save no memory, and in its older form (use_reentrant=True) lose gradients.
+    """
+
+    def note() -> None:
+        frame: FrameType | None = sys._getframe(2)
+        line = None
+        while frame is not None and line is None:
+            line = code.line(frame.f_code.co_filename, frame.f_lineno)
+            frame = frame.f_back
+        if notes is not None:
+            notes[
+                f"{line}: torch.utils.checkpoint does nothing in a stage; the plan decides which "
+                f"stages run their forward again (--recompute)"
+            ] = None
+
+    def reentrant(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        note()
+        return function(*args)
+
+    def generator(*arguments: Any, **keywords: Any) -> Iterator[None]:
+        note()
+        yield
+
+    module: Any = torch.utils.checkpoint
+    with (
+        mock.patch.object(module.CheckpointFunction, "apply", reentrant),
+        mock.patch.object(module, "_checkpoint_without_reentrant_generator", generator),
+    ):
         yield
 
 

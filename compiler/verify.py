@@ -1,31 +1,34 @@
 """verify: all stages of an artifact in one process against the user's original model.
 
-Both run the same microbatch in fp32 on the CPU from the same weights. Every random operator is
-seeded by its position in the original program, so dropout draws the same mask wherever the
-placement has put it. The oracle is the model as the user wrote it, run by eager PyTorch.
+Both run two microbatches in fp32 on the CPU from the same weights. Every random operator is seeded
+by its position in the original program, so dropout draws the same mask wherever the placement has
+put it. The second microbatch shows what tracing has fixed for ever, such as a count of calls. The
+oracle is the model as the user wrote it, run by eager PyTorch.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from p2bw.compiler.disagreement import differing_operation
 from p2bw.compiler.plan import Plan, Stage, read_plan
+from p2bw.compiler.seeded import SEED, seeded_random
+from p2bw.compiler.trace_env import plain_checkpoints
 from p2bw.contract.errors import MismatchError
 from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.modelfile.initial import copy_state, lookup
 from p2bw.modelfile.load import ModelFile
 
 TOLERANCE = 1e-6
-_SEED = 20210701
-_APART = 1 << 40  # random operators in opaque modules are numbered from here
+
+_BAKED = "what Python computed while the model was traced, such as a count of calls, is fixed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +71,6 @@ class Verification:
         }
 
 
-class _SeededRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
-    """Seeds the i-th random operator by the i-th of `indices`: its position in the program."""
-
-    def __init__(self, indices: Iterator[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.indices = indices
-        self.opaque: list[Iterator[int]] = []  # within such calls, numbers of their own
-
-    def watch(self, module: nn.Module, paths: Iterable[str]) -> None:
-        """Number the random operators of opaque modules apart: how many there are, data decides."""
-        for path in paths:
-            part = module.get_submodule(path)
-            part.register_forward_pre_hook(lambda *_: self.opaque.append(count(_APART)))
-            part.register_forward_hook(lambda *_: self.opaque.pop() and None, always_call=True)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            indices = self.opaque[-1] if self.opaque else self.indices
-            torch.manual_seed(_SEED + next(indices, -1))
-        return func(*args, **(kwargs or {}))
-
-
 def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verification:
     """Compare an artifact with the model that it was compiled from.
 
@@ -101,18 +82,36 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
     file = find_model_file(artifact, model=Path(model) if model else None)
     stages = [load_stage(artifact, k, file) for k in range(plan.depth)]
     with _fp32_cpu():
-        torch.manual_seed(_SEED)
+        torch.manual_seed(SEED)
         original = file.model()
-        inputs, targets = file.inputs(plan.microbatch), file.targets(plan.microbatch)
-        values = dict(
-            zip(
-                (i.name for i in plan.inputs), file.flatten_microbatch(inputs, targets), strict=True
-            )
-        )
         for stage in stages:
             copy_state(original, stage)
-        loss = _eager(file, original, inputs, targets, [o.module for o in plan.opaque])
-        staged, terms = _staged(plan, stages, values)
+        found = _microbatch(plan, file, original, stages, 0)
+        if found.ok:
+            second = _microbatch(plan, file, original, stages, 1)
+            problems = [f"in the second microbatch, {problem}" for problem in second.problems]
+            found = replace(found, ok=second.ok, problems=tuple(problems))
+        if found.ok:
+            return found
+        operation = differing_operation(file, plan.microbatch, calls=2)
+    if operation:
+        reason = f"the first operation that gives something else is {operation}; {_BAKED}"
+        found = replace(found, problems=(*found.problems, reason))
+    return found
+
+
+def _microbatch(
+    plan: Plan, file: ModelFile, original: nn.Module, stages: Sequence[nn.Module], number: int
+) -> Verification:
+    """The same microbatch through the model and through the stages, forward and backward."""
+    torch.manual_seed(SEED + 1 + number)
+    inputs, targets = file.inputs(plan.microbatch), file.targets(plan.microbatch)
+    tensors = file.flatten_microbatch(inputs, targets)
+    values = dict(zip((i.name for i in plan.inputs), tensors, strict=True))
+    for module in (original, *stages):
+        module.zero_grad(set_to_none=True)
+    loss = _eager(file, original, inputs, targets, [o.module for o in plan.opaque])
+    staged, terms = _staged(plan, stages, values)
     return _compare(plan, original, stages, loss, staged, terms)
 
 
@@ -126,10 +125,11 @@ def _fp32_cpu() -> Iterator[None]:
 def _eager(
     file: ModelFile, model: nn.Module, inputs: Any, targets: Any, opaque: Iterable[str]
 ) -> Tensor:
-    with _SeededRandom(count()) as random:
-        random.watch(model, opaque)
+    # Recomputed in the backward, dropout would draw other masks than the ones seeded here.
+    with plain_checkpoints(file.code), seeded_random(count(), model, opaque):
         loss = file.call(model, inputs, targets)
-    torch.autograd.backward(loss)
+    with file.code.running("the backward of the model's loss"):
+        torch.autograd.backward(loss)
     return loss.detach()
 
 
@@ -162,8 +162,7 @@ def _forward(
     """Results of one stage by name; MismatchError if its code, perhaps edited, cannot give them."""
     where = f"stages/stage_{spec.index}.py"
     try:
-        with _SeededRandom(iter(spec.random)) as random:
-            random.watch(module, opaque)
+        with seeded_random(iter(spec.random), module, opaque):
             results = module(*arguments)
     except Exception as error:
         raise MismatchError(f"{where} fails: {type(error).__name__}: {error}") from error

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from p2bw.compiler.emit import emit_stage
 from p2bw.compiler.interpret import interpret
 from p2bw.compiler.program import Program
+from p2bw.compiler.seeded import SeededRandom
 from p2bw.compiler.split import StageGraph, split
 from p2bw.compiler.trace import trace
-from p2bw.compiler.verify import _SeededRandom
 from p2bw.contract.stages import lending
 from p2bw.modelfile.initial import copy_state
 from p2bw.modelfile.load import ModelFile, load_model_file
@@ -79,7 +79,7 @@ def run(
     produced = []
     for graph, module in zip(stages, modules, strict=True):
         arguments = [values.get(a, arrived.get((graph.index, a))) for a in graph.arguments]
-        with _SeededRandom(i for node in graph.nodes for i in calls[node]):
+        with SeededRandom(i for node in graph.nodes for i in calls[node]):
             results = module(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         produced.append(dict(zip(graph.results, results, strict=True)))
@@ -115,7 +115,7 @@ def compare(file: ModelFile, program: Program, stages: Sequence[StageGraph]) -> 
     modules = [load(text, file) for text in texts]
     for module in modules:
         copy_state(model, module)
-    with _SeededRandom(itertools.count()):
+    with SeededRandom(itertools.count()):
         loss = interpret(program, model, feed)
     loss.backward()
     assert torch.equal(run(program, stages, modules, feed), loss)
