@@ -5,9 +5,9 @@ wte, wpe, h.0 .. h.1
 parameters  62.3 k
 forward     591 us, 2.24 MFLOP
 backward    1.30 ms, 4.49 MFLOP, busy 99.9 % of the period
-memory      1005 MiB of 16.0 GiB
-            = weights 487 KiB + gradients 244 KiB + optimizer 487 KiB + stash 526 KiB +
-            buffers 8.00 KiB + transient 16.0 KiB + reserve 1004 MiB
+memory      1006 MiB of 16.0 GiB
+            = weights 487 KiB + gradients 244 KiB + optimizer 487 KiB + stash 789 KiB +
+            buffers 12.0 KiB + transient 16.0 KiB + reserve 1004 MiB
 
 opaque      h.0.moe .. h.1.moe: moe.MoE as you wrote it, not traced: moe.py:76: the model decides by
             the values in a tensor

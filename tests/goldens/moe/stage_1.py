@@ -7,7 +7,7 @@ forward     586 us, 2.51 MFLOP
 backward    1.30 ms, 5.01 MFLOP, busy 99.7 % of the period
 memory      1005 MiB of 16.0 GiB
             = weights 483 KiB + gradients 242 KiB + optimizer 483 KiB + stash 291 KiB +
-            buffers 8.00 KiB + transient 20.0 KiB + reserve 1004 MiB
+            buffers 12.0 KiB + transient 20.0 KiB + reserve 1004 MiB
 
 opaque      h.2.moe .. h.3.moe: moe.MoE as you wrote it, not traced: moe.py:76: the model decides by
             the values in a tensor
