@@ -103,7 +103,7 @@ def compile_command(
                 progress=say,
             )
         if as_json:
-            plan = compiled.plan.model_dump(mode="json", by_alias=True)
+            plan = compiled.plan.to_data()
             extra = {"artifact": str(compiled.artifact), "seconds": dict(compiled.seconds)}
             print_json({**plan, **extra})
         elif not quiet:
@@ -177,7 +177,7 @@ def show_command(
             else:
                 typer.echo("\n".join(lines))
         elif as_json:
-            print_json(plan.model_dump(mode="json", by_alias=True))
+            print_json(plan.to_data())
         elif not quiet:
             print_plan(plan, str(artifact))
 

@@ -154,10 +154,13 @@ class Plan(Data):
     opaque: tuple[OpaqueSpec, ...] = ()
     notes: tuple[str, ...] = ()  # what else the user should know of the model's trace
 
-    def to_json(self) -> str:
+    def to_data(self) -> dict[str, Any]:
+        """The contents of plan.json."""
         left_out = {name for name in ("opaque", "notes") if not getattr(self, name)}
-        data = self.model_dump(mode="json", by_alias=True, exclude=left_out)
-        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return self.model_dump(mode="json", by_alias=True, exclude=left_out)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_data(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_plan(artifact: Path) -> Plan:
