@@ -1,4 +1,4 @@
-"""Goldens: files under tests/goldens that `pytest --update-goldens` rewrites."""
+"""Goldens: files, mostly under tests/goldens, that `pytest --update-goldens` rewrites."""
 
 from __future__ import annotations
 
@@ -22,31 +22,38 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens")
+    parser.addoption(
+        "--update-goldens", action="store_true", help="rewrite what tests compare with"
+    )
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """golden("gpt/plan.json", text): equal to the golden file, or a readable diff."""
+def the_same(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """the_same(path, text): equal to the file, or a readable diff."""
     update = request.config.getoption("--update-goldens")
 
-    def compare(name: str, text: str) -> None:
-        path = GOLDENS / name
+    def compare(path: Path, text: str) -> None:
         if update:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return
         if not path.exists():
-            pytest.fail(f"no golden {name}: run `pytest --update-goldens` and read what it writes")
+            pytest.fail(f"no {path}: run `pytest --update-goldens` and read what it writes")
         want = path.read_text(encoding="utf-8")
         if want != text:
             lines = difflib.unified_diff(
-                want.splitlines(), text.splitlines(), f"goldens/{name}", "now", lineterm="", n=2
+                want.splitlines(), text.splitlines(), path.name, "now", lineterm="", n=2
             )
             diff = "\n".join(list(lines)[:120])
-            pytest.fail(f"{name} changed (`pytest --update-goldens` accepts):\n{diff}", False)
+            pytest.fail(f"{path} changed (`pytest --update-goldens` accepts):\n{diff}", False)
 
     return compare
+
+
+@pytest.fixture
+def golden(the_same: Callable[[Path, str], None]) -> Callable[[str, str], None]:
+    """golden("gpt/plan.json", text): equal to the golden file, or a readable diff."""
+    return lambda name, text: the_same(GOLDENS / name, text)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,122 @@
+"""The table of models in the README: each is compiled, cut in three stages and verified.
+
+`pytest -m slow tests/test_zoo.py --update-goldens` writes docs/models.md and the README's lines.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from corpus import CORPUS, ROOT
+
+from p2bw.compiler.driver import compile_model
+from p2bw.compiler.verify import verify
+from p2bw.contract.errors import ModelError
+
+DEPTH, MICROBATCH = 3, 2
+ZOO = ROOT / "tests" / "zoo.py"
+PAGE = ROOT / "docs" / "models.md"
+KINDS = {
+    "causal": "language",
+    "masked": "encoder",
+    "seq2seq": "encoder-decoder",
+    "speech": "speech",
+    "audio": "audio",
+    "picture": "vision",
+    "pair": "image and text",
+}
+HEAD = f"""# Models
+
+Each of these is traced, cut in {DEPTH} stages and verified against the model as it is: the loss,
+and the gradient of every parameter. `pytest -m slow tests/test_zoo.py` does it; sizes are small and
+weights random. "Bitwise": not one bit differs. "Sums": the last bits of some gradients do, for the
+reason that `p2bw verify` gives, and so much relative to the largest entry. The files named are in
+`examples/`, the others are models of transformers 5.
+
+| model | kind | result | bitwise | largest difference | why |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    name: str
+    kind: str
+    status: str  # bitwise, sums or refused
+    bitwise: str = ""
+    largest: str = ""
+    why: str = ""
+
+    def __str__(self) -> str:
+        cells = (self.name, self.kind, self.status, self.bitwise, self.largest, self.why)
+        return f"| {' | '.join(cells)} |"
+
+
+def judge(name: str, kind: str, path: Path, out: Path, **options: object) -> Row:
+    """Compile and verify a model; an error that has no message of its own is a failure."""
+    given = {"gpus": DEPTH, "depth": DEPTH, "microbatch": MICROBATCH, "device": "cpu", "out": out}
+    try:
+        artifact = compile_model(path, **{**given, **options}).artifact
+    except ModelError as error:
+        return Row(name, kind, "refused", why=re.sub(r"\s+", " ", str(error).splitlines()[0]))
+    found = verify(artifact)
+    assert found.ok, (name, found.problems)
+    bitwise = f"{found.bitwise} of {found.compared}"
+    if found.loss_bitwise and found.bitwise == found.compared:
+        return Row(name, kind, "bitwise", bitwise)
+    reasons = sorted({difference.reason for difference in found.differences})
+    largest = "below 1e-7" if found.max_rel < 1e-7 else "below 1e-6"  # which verify demands
+    return Row(name, kind, "sums", bitwise, largest, "; ".join(reasons))
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    for example in CORPUS:
+        if not example.name.startswith("hf_"):
+            options = {"factory": example.factory, "microbatch": example.batch}
+            name = f"`{example.path.name}`"
+            yield judge(name, "example", example.path, folder / example.name, **options)
+    import zoo  # which takes seconds
+
+    for name, (kind, _, _) in zoo.KINDS.items():
+        settings = {"kind": name}
+        yield judge(name, KINDS[kind], ZOO, folder / name, settings=settings)
+
+
+def summary(found: list[Row]) -> str:
+    """A few lines for the README."""
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in found:
+        names[row.status, row.kind].append(row.name)
+    lines = [
+        "| kind | to the bit | to 1e-7: the order of sums | refused, with a message |",
+        "|" + " --- |" * 4,
+    ]
+    for kind in dict.fromkeys(row.kind for row in found):
+        cells = [", ".join(names[status, kind]) for status in ("bitwise", "sums", "refused")]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Swin"])
+def test_models_of_others_are_exact(name: str, tmp_path: Path) -> None:
+    row = judge(name, "", ZOO, tmp_path / "a", settings={"kind": name})
+    assert row.status == "bitwise", row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_model_is_as_the_table_says(
+    tmp_path: Path, the_same: Callable[[Path, str], None]
+) -> None:
+    found = list(rows(tmp_path))
+    good = [row for row in found if row.status == "bitwise"]
+    assert len(good) >= 50
+    the_same(PAGE, HEAD + "".join(f"{row}\n" for row in found))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- models -->\n", "<!-- end of models -->"
+    before, _, rest = readme.partition(begin)
+    _, _, after = rest.partition(end)
+    the_same(ROOT / "README.md", f"{before}{begin}{summary(found)}\n{end}{after}")
