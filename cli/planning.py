@@ -1,7 +1,7 @@
 """Commands that plan: each parses, calls and prints. Heavy imports wait until it runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from p2bw.app import (
     print_json,
     reporting,
 )
+
+if TYPE_CHECKING:
+    from p2bw.compiler.plan import Plan
 
 
 @app.command("compile")
@@ -145,11 +148,15 @@ def show_command(
     schedule: Annotated[
         bool, typer.Option("--schedule", help="Print what each stage does in three updates.")
     ] = False,
+    graph: Annotated[
+        str | None,
+        typer.Option(help="Print the stages as a graph in this language.", metavar="mermaid|dot"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print the plan of an artifact, the code of one stage, or the schedule."""
+    """Print the plan of an artifact, the code of one stage, the schedule, or the graph."""
     with reporting(debug):
         from p2bw.compiler.plan import read_plan
         from p2bw.contract.errors import UsageError
@@ -165,21 +172,37 @@ def show_command(
             else:
                 typer.echo(code, nl=False)
         elif schedule:
-            from p2bw.contract.plan import read_plan as read_for_run
-            from p2bw.contract.schedule import make_pipeline, show
+            _show_schedule(artifact, plan, as_json)
+        elif graph is not None:
+            from p2bw.compiler.drawing import draw
+            from p2bw.compiler.problem import problem_of
+            from p2bw.graph import LANGUAGES
 
-            clipped = plan.clip_norm is not None
-            pipeline = make_pipeline(read_for_run(artifact), batches=3, clipped=clipped)
-            lines = show(pipeline).splitlines()
+            if graph not in LANGUAGES:
+                raise UsageError(f"--graph {graph}: give {' or '.join(LANGUAGES)}")
+            text = LANGUAGES[graph](draw(plan, problem_of(artifact)))
             if as_json:
-                stages = [line.partition(": ")[2].split() for line in lines]
-                print_json({"schedule": plan.schedule, "stages": stages})
+                print_json({"graph": graph, "text": text})
             else:
-                typer.echo("\n".join(lines))
+                typer.echo(text, nl=False)
         elif as_json:
             print_json(plan.to_data())
         elif not quiet:
             print_plan(plan, str(artifact))
+
+
+def _show_schedule(artifact: Path, plan: "Plan", as_json: bool) -> None:
+    from p2bw.contract.plan import read_plan as read_for_run
+    from p2bw.contract.schedule import make_pipeline, show
+
+    clipped = plan.clip_norm is not None
+    pipeline = make_pipeline(read_for_run(artifact), batches=3, clipped=clipped)
+    lines = show(pipeline).splitlines()
+    if as_json:
+        stages = [line.partition(": ")[2].split() for line in lines]
+        print_json({"schedule": plan.schedule, "stages": stages})
+    else:
+        typer.echo("\n".join(lines))
 
 
 @app.command("solve")

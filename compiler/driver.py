@@ -15,7 +15,6 @@ from p2bw.compiler.artifact import check_destination, check_file, write_artifact
 from p2bw.compiler.describe import describe_stages, opaque_modules, tensor_spec, tied_parameters
 from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
-from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.optimizer_state import optimizer_bytes
@@ -24,7 +23,7 @@ from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import Problems, solve
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
-from p2bw.compiler.problem import PlacementProblem, interpolate
+from p2bw.compiler.problem import PROBLEM, PlacementProblem, interpolate
 from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.schedule import check_schedule
 from p2bw.compiler.split import split

@@ -11,11 +11,9 @@ from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import Plan, read_plan
-from p2bw.compiler.problem import PlacementProblem, read_problem
+from p2bw.compiler.problem import PlacementProblem, problem_of
 from p2bw.compiler.readers import read_any
-from p2bw.contract.errors import InputFileError, UsageError
-
-PROBLEM = "problem.json"  # in an artifact: what was solved, at the microbatch that was chosen
+from p2bw.contract.errors import UsageError
 
 _POLICIES: dict[str, Recompute] = {"auto": "auto", "always": "always", "never": "never"}
 
@@ -59,9 +57,7 @@ def explain_file(
 
 def _problem(path: Path) -> PlacementProblem:
     if path.is_dir():
-        if not (path / PROBLEM).is_file():
-            raise InputFileError(f"{path} has no {PROBLEM}; compile the model again")
-        return read_problem(path / PROBLEM)
+        return problem_of(path)
     problem = read_any(path)
     if not isinstance(problem, PlacementProblem):
         raise UsageError(f"{path} is no PlacementProblem; only those and artifacts are explained")

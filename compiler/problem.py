@@ -13,6 +13,8 @@ from p2bw.contract.errors import InputFileError, UsageError
 
 Positive = Annotated[int, Field(ge=1)]
 
+PROBLEM = "problem.json"  # in an artifact: what was solved, at the microbatch that was chosen
+
 
 class Times(Data):
     """Seconds of one microbatch."""
@@ -167,6 +169,13 @@ def read_problem(path: Path) -> PlacementProblem:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the problem"
         raise InputFileError(f"{path}: {where}: {first['msg']}") from None
+
+
+def problem_of(artifact: Path) -> PlacementProblem:
+    """What was solved for an artifact's plan."""
+    if not (artifact / PROBLEM).is_file():
+        raise InputFileError(f"{artifact} has no {PROBLEM}; compile the model again")
+    return read_problem(artifact / PROBLEM)
 
 
 def interpolate(

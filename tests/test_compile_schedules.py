@@ -13,9 +13,8 @@ from p2bw.__main__ import app
 from p2bw.compiler import schedule as schedule_module
 from p2bw.compiler.devices import DEVICES
 from p2bw.compiler.driver import Compiled, compile_model
-from p2bw.compiler.explanation import PROBLEM
 from p2bw.compiler.placement.instance import make_instance
-from p2bw.compiler.problem import read_problem
+from p2bw.compiler.problem import PROBLEM, read_problem
 from p2bw.compiler.schedule import check_schedule
 from p2bw.contract.errors import InfeasibleError, UsageError
 from p2bw.contract.plan import read_plan
