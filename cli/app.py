@@ -71,14 +71,20 @@ def _defaults(path: Path) -> dict[str, dict[str, Any]]:
         if name not in commands or not isinstance(table, dict):
             fail(f"{path}: {name!r} is no table of a command ({', '.join(commands)})", 6)
         options = {
-            option.removeprefix("--"): parameter.name
+            option.removeprefix("--"): parameter
             for parameter in commands[name].params
             for option in parameter.opts
         }
         unknown = [key for key in table if key not in options]
         if unknown:
             fail(f"{path}: [{name}] has no option {unknown[0]!r}", 6)
-        defaults[name] = {options[key]: value for key, value in table.items()}
+        defaults[name] = {
+            # One value of an option that takes several need not stand in a list.
+            options[key].name: [value]
+            if options[key].multiple and not isinstance(value, list)
+            else value
+            for key, value in table.items()
+        }
     return defaults
 
 

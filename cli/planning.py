@@ -60,6 +60,26 @@ def compile_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
     ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="Have these modules in that stage.", metavar="GLOB=STAGE"),
+    ] = None,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(help="Have these modules in one stage.", metavar="GLOB,..."),
+    ] = None,
+    apart: Annotated[
+        list[str] | None,
+        typer.Option(help="Have no stage with some of both modules.", metavar="GLOB,GLOB"),
+    ] = None,
+    never_cut: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep each of these modules whole: 'h.*.attn'.", metavar="GLOB"),
+    ] = None,
+    cut_after: Annotated[
+        list[str] | None,
+        typer.Option(help="Cut behind this module, and nowhere else.", metavar="MODULE"),
+    ] = None,
     gap: Gap = "0.1%",
     limit: Limit = None,
     dump_passes: Annotated[
@@ -76,6 +96,7 @@ def compile_command(
     """Trace MODEL, place it on the devices and write readable stage code."""
     with reporting(debug):
         from p2bw.compiler.driver import compile_model
+        from p2bw.compiler.rules import parse_rules
         from p2bw.modelfile.load import parse_settings
         from p2bw.progress import progress, stopping
         from p2bw.tables import print_plan, print_seconds
@@ -99,6 +120,9 @@ def compile_command(
                 clip_norm=clip_norm,
                 autocast=autocast,
                 recompute=recompute,
+                rules=parse_rules(
+                    pin or (), together or (), apart or (), never_cut or (), cut_after or ()
+                ),
                 gap=gap,
                 stop=stopping(limit, say),
                 dump_passes=dump_passes,

@@ -96,6 +96,8 @@ def _summary(plan: Plan) -> Iterable[str]:
         yield f"idle        {devices - ranks} of {devices} devices"
     yield f"traffic     {units.data(plan.bytes_per_sample)} per sample over all links"
     yield f"proof       {gap}: bound {proof.bound:.4g} samples/s over {proof.search_space}"
+    if plan.constraints:
+        yield f"constraints {'; '.join(plan.constraints)}"
     if plan.extra_in_flight:
         yield "early       every stage but the last takes on one microbatch early: there is memory"
     for tied in plan.tied:

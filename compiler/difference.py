@@ -89,6 +89,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "microbatch": plan.microbatch,
         "microbatches per update": plan.microbatches_per_update,
         "clip norm": plan.clip_norm,
+        "constraints": plan.constraints,
+        "opaque modules": [opaque.module for opaque in plan.opaque],
         "proof": plan.optimality.status,
     }
 

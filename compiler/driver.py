@@ -25,6 +25,7 @@ from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import ModelSource, Optimality, Plan, Schedule
 from p2bw.compiler.problem import PROBLEM, PlacementProblem, interpolate
 from p2bw.compiler.program import Program, TensorType
+from p2bw.compiler.rules import Rules, check_rules, constraints_of
 from p2bw.compiler.schedule import check_schedule
 from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology, make_topology
@@ -66,6 +67,7 @@ class _Compiler:
     schedule: Schedule
     microbatches: int | None
     clip_norm: float | None
+    rules: Rules
     say: Callable[[str], None]
     dump_folder: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,7 +121,7 @@ class _Compiler:
             with self.phase("passes"):
                 if self.optimizer is None:  # its state does not depend on the microbatch
                     self.optimizer = optimizer_bytes(self.file, program.parameters.values())
-                self.problems[batch_size] = placement_problem(
+                problem = placement_problem(
                     program,
                     topology=self.topology,
                     schedule=self.schedule,
@@ -131,6 +133,8 @@ class _Compiler:
                         for kind in self.topology.kinds[1:]
                     },
                 )
+                constraints = constraints_of(self.rules, program, problem)
+                self.problems[batch_size] = problem.model_copy(update={"constraints": constraints})
         return self.problems[batch_size]
 
     def candidates(self) -> Mapping[int, PlacementProblem]:
@@ -175,6 +179,7 @@ def compile_model(
     clip_norm: float | None = None,
     autocast: str | None = None,
     recompute: str = "auto",
+    rules: Rules | None = None,
     gap: str = DEFAULT_GAP,
     stop: Stop | None = None,
     dump_passes: str | Path | None = None,
@@ -183,11 +188,11 @@ def compile_model(
 ) -> Compiled:
     """Trace a model file, place it on a topology and write its stages as Python files.
 
-    What is None is searched (depth, width, microbatch), or has the command line's default. The plan
-    is within `gap` of the fastest, as far as the search can prove that; `stop` may end it early,
-    and the best plan so far is kept. With `problem`, that file gets the placement problem at the
-    microbatch size that was chosen. Raises the errors of contract/errors.py; nothing is written
-    unless all has gone well.
+    What is None is searched (depth, width, microbatch), or has the command line's default; `rules`
+    (of `parse_rules`) narrow the search down. The plan is within `gap` of the fastest, as far as
+    the search can prove that; `stop` may end it early, and the best plan so far is kept. With
+    `problem`, that file gets the placement problem at the microbatch size that was chosen. Raises
+    the errors of contract/errors.py; nothing is written unless all has gone well.
     """
     checked = _checked_schedule(schedule, clip_norm)
     policy = _checked_recompute(recompute)
@@ -198,6 +203,8 @@ def compile_model(
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: give a number from 1 on")
     topology = make_topology(gpus=gpus, device=device, memory=memory, cluster=cluster)
+    rules = rules or Rules()
+    check_rules(rules, topology.gpus, depth)
     path = Path(model)
     out = Path(out) if out is not None else Path("build", _default_name(path, factory))
     check_destination(out)
@@ -214,11 +221,12 @@ def compile_model(
             schedule=checked,
             microbatches=microbatches,
             clip_norm=clip_norm,
+            rules=rules,
             say=progress,
             dump_folder=Path(dump_passes) if dump_passes is not None else None,
             seconds={"load": round(time.perf_counter() - begin, 3)},
         )
-        placement = _place(compiler, depth, width, source.microbatch, policy, limits)
+        placement = _place(compiler, rules.depth or depth, width, source.microbatch, policy, limits)
         with compiler.phase("emit"):
             progress(f"writing {placement.depth} stages")
             plan, stages = _plan(compiler, placement)
@@ -358,6 +366,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         microbatches_per_update=placement.microbatches_per_update,
         extra_in_flight=extra,
         clip_norm=compiler.clip_norm,
+        constraints=compiler.rules.texts,
         period_s=placement.period_s,
         samples_per_s=placement.samples_per_s,
         utilisation=placement.utilisation,

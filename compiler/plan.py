@@ -142,6 +142,7 @@ class Plan(Data):
     microbatches_per_update: Annotated[int, Field(ge=1)]
     extra_in_flight: Annotated[int, Field(ge=0)]  # microbatches that are taken on early
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of a whole batch's gradients
+    constraints: tuple[str, ...] = ()  # what the user decided: "pin wte=0", "cut-after h.11"
     period_s: Number  # between two microbatches leaving one pipeline, steady state
     samples_per_s: Number  # all replicas
     utilisation: Number
@@ -156,7 +157,7 @@ class Plan(Data):
 
     def to_data(self) -> dict[str, Any]:
         """The contents of plan.json."""
-        left_out = {name for name in ("opaque", "notes") if not getattr(self, name)}
+        left_out = {name for name in ("constraints", "opaque", "notes") if not getattr(self, name)}
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
     def to_json(self) -> str:
