@@ -88,6 +88,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "width": plan.width,
         "microbatch": plan.microbatch,
         "microbatches per update": plan.microbatches_per_update,
+        "early microbatches": plan.extra_in_flight,
         "clip norm": plan.clip_norm,
         "constraints": plan.constraints,
         "opaque modules": [opaque.module for opaque in plan.opaque],
