@@ -1,12 +1,10 @@
 """compile_model: from a model file to an artifact, phase by phase."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
@@ -18,6 +16,8 @@ from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.optimizer_state import optimizer_bytes
+from p2bw.compiler.options import checked_autocast, checked_recompute, checked_schedule
+from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import Problems, solve
@@ -36,8 +36,6 @@ from p2bw.contract.schedule import most_extra
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
 from p2bw.passes.annotate_time import annotate_time
-
-Recompute = Literal["auto", "always", "never"]
 
 # A cut between layers is worth more to a reader than a thousandth of the speed, which no model of
 # costs foresees.
@@ -194,9 +192,9 @@ def compile_model(
     `problem`, that file gets the placement problem at the microbatch size that was chosen. Raises
     the errors of contract/errors.py; nothing is written unless all has gone well.
     """
-    checked = _checked_schedule(schedule, clip_norm)
-    policy = _checked_recompute(recompute)
-    casts = _checked_autocast(autocast)
+    checked = checked_schedule(schedule, clip_norm)
+    policy = checked_recompute(recompute)
+    casts = checked_autocast(autocast)
     limits = Limits(gap=parse_gap(gap), stop=stop or Stop())
     for name, value in (("depth", depth), ("width", width), ("microbatch", microbatch),
                         ("microbatches", microbatches)):  # fmt: skip
@@ -245,35 +243,6 @@ def compile_model(
             if problem is not None:
                 write_file(Path(problem), solved.to_json())
     return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
-
-
-def _checked_schedule(schedule: str, clip_norm: float | None) -> Schedule:
-    known: dict[str, Schedule] = {name: name for name in get_args(Schedule)}
-    if schedule not in known:
-        raise UsageError(f"--schedule {schedule}: the schedules are {', '.join(known)}")
-    if clip_norm is not None and not 0 < clip_norm < math.inf:
-        raise UsageError(f"--clip-norm {clip_norm:g}: give a number above 0")
-    if clip_norm is not None and schedule == "stash":
-        raise UsageError(
-            "--clip-norm: under stash the stages update at different times, and there is no norm "
-            "of a whole batch's gradients; use --schedule 2bw or flush"
-        )
-    return known[schedule]
-
-
-def _checked_recompute(recompute: str) -> Recompute:
-    known: dict[str, Recompute] = {"auto": "auto", "always": "always", "never": "never"}
-    if recompute not in known:
-        raise UsageError(f"--recompute {recompute}: give auto, always or never")
-    return known[recompute]
-
-
-def _checked_autocast(autocast: str | None) -> Literal["bfloat16"] | None:
-    if autocast not in (None, "bf16", "bfloat16"):
-        raise UsageError(
-            f"--autocast {autocast}: give bf16 (float16 would need its gradients scaled)"
-        )
-    return "bfloat16" if autocast else None
 
 
 def _default_name(path: Path, factory: str) -> str:
@@ -393,7 +362,7 @@ def _model_source(compiler: _Compiler, program: Program) -> ModelSource:
         file=file.path.name if compiler.weights else _relative(file.path),
         factory=file.factory,
         settings=dict(file.settings),
-        autocast=_checked_autocast(file.autocast),
+        autocast=checked_autocast(file.autocast),
         sha256=file.sha256(),
         name=program.model_name,
     )

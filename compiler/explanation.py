@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from p2bw.compiler.options import checked_recompute
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.explain import Explanation, Placed, explain, place
 from p2bw.compiler.placement.feasible import Request
@@ -14,8 +15,6 @@ from p2bw.compiler.plan import Plan, read_plan
 from p2bw.compiler.problem import PlacementProblem, problem_of
 from p2bw.compiler.readers import read_any
 from p2bw.contract.errors import UsageError
-
-_POLICIES: dict[str, Recompute] = {"auto": "auto", "always": "always", "never": "never"}
 
 
 def explain_file(
@@ -35,11 +34,9 @@ def explain_file(
     for name, value in (("depth", depth), ("width", width)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: give a number from 1 on")
-    if recompute is not None and recompute not in _POLICIES:
-        raise UsageError(f"--recompute {recompute}: give auto, always or never")
+    policy = checked_recompute(recompute or "auto")
     plan = read_plan(path) if path.is_dir() else None
     problem = _problem(path)
-    policy = _POLICIES[recompute or "auto"]
     if plan is not None and recompute is None:
         policy = _policy(plan, problem)
     request = Request(
