@@ -76,7 +76,7 @@ class MoE(nn.Module):
             if len(token) == 0:  # nobody came
                 continue
             share = weights[token, place].unsqueeze(-1)
-            y.index_add_(0, token, share * expert(tokens[token]))
+            y.index_add_(0, token, (share * expert(tokens[token])).to(y.dtype))
         return y.view_as(x)
 
 

@@ -33,8 +33,9 @@ def access(module: Module, path: str, text: str = "self") -> str:
         assert current is not None
         if current.kind is Kind.OPAQUE:
             owner = ".".join(names[position:-1])
-            inside = f".get_submodule({quoted(owner)})" if owner else ""
-            return f"{text}{inside}.{names[-1]}"
+            text += f".get_submodule({quoted(owner)})" if owner else ""
+            plain = is_plain(part := names[-1])
+            return f"{text}.{part}" if plain else f"{text}.get_parameter({quoted(part)})"
         child = current.children.get(part)
         if child is None:
             text += f".{part}" if is_plain(part) else f".{_getter(current, part)}({quoted(part)})"
