@@ -231,7 +231,8 @@ class _Flat:
                     line,
                     "the result depends on the values in a tensor, in its shape or as a Python "
                     "number; keep shapes fixed (torch.where instead of x[mask]) and numbers as "
-                    "tensors (no .item())",
+                    "tensors (no .item()), or do it in a submodule of its own that returns fixed "
+                    "shapes and stays one call of your code",
                     scopes,
                 )
             for argument in _written(node):

@@ -142,7 +142,8 @@ def refuse_custom_functions(code: UserCode) -> Iterator[None]:
                 line,
                 f"{cls.__qualname__} is a torch.autograd.Function, whose backward tracing would "
                 f"drop; write it with differentiable operators (x + (f(x) - x).detach() passes a "
-                f"gradient straight through f)",
+                f"gradient straight through f), or call it in a submodule of its own, which then "
+                f"stays one call of your code",
             )
         return original.__get__(None, cls)(*args, **kwargs)
 

@@ -47,7 +47,8 @@ def explain(
         return at(
             code.line_of(error),
             "the model decides by the values in a tensor, which a compiled program cannot do; "
-            "compute both ways and choose by torch.where, or move the decision out of forward",
+            "compute both ways and choose by torch.where, or move the decision into a submodule of "
+            "its own, which then stays one call of your code",
         )
     given = ", ".join(
         f"{name}: {TensorType(tuple(t.shape), t.dtype)}"

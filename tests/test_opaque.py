@@ -438,3 +438,71 @@ def test_it_is_one_block_and_artifacts_are_the_same_each_time(mixture, tmp_path)
     compiled(ROOT / "examples" / "moe.py", tmp_path / "again", factory="tiny")
     for path in sorted(p for p in mixture.rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(mixture)).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                      "shared_expert_intermediate_size": 32}),
+    ],
+)  # fmt: skip
+def test_the_experts_of_hugging_face_models(tmp_path, name, sizes):
+    pytest.importorskip("transformers")
+    head = f"""
+import torch
+from transformers import {name}Config, {name}ForCausalLM
+
+
+def model():
+    config = {name}Config(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **{sizes!r}
+    )
+    config._experts_implementation = "eager"
+    return {name}ForCausalLM(config)
+
+
+def inputs(batch_size):
+    tokens = torch.randint(128, (batch_size, 16))
+    return {{"input_ids": tokens, "labels": tokens}}
+"""
+    plan, texts = verified("", tmp_path, head)
+    assert [o.module for o in plan.opaque] == [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    assert all(".experts = opaque(__file__, " in text for text in texts)
+
+
+HOSTILE = 'weight"); exit(3)  #'
+
+
+def test_names_that_are_code_stay_names(tmp_path):
+    """A tied parameter of an opaque module, and a key of a dictionary that it returns."""
+    head = HEAD.replace(
+        "self.last = nn.Linear(8, 8)",
+        "self.last = nn.Linear(8, 8)\n"
+        f"        self.last.weight = getattr(self.part.inner, {HOSTILE!r})",
+    )
+    text = f"""
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        return self.inner(x, {{{HOSTILE!r}: x}})[{HOSTILE!r}]
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_parameter({HOSTILE!r}, nn.Parameter(torch.randn(8, 8)))
+
+    def forward(self, x, more):
+        x = x @ getattr(self, {HOSTILE!r})
+        return {{{HOSTILE!r}: more[{HOSTILE!r}] * (2 if x.sum() > 0 else 3)}}
+"""
+    plan, texts = verified(text, tmp_path, head)
+    assert [o.module for o in plan.opaque] == ["part.inner"]
+    assert any(repr(HOSTILE) in text for text in texts)
