@@ -15,9 +15,10 @@ from p2bw.compiler.plan import (
     TiedSpec,
     TransferSpec,
 )
-from p2bw.compiler.program import Program, TensorType
+from p2bw.compiler.program import OpaqueCall, Program, TensorType
 from p2bw.compiler.split import StageGraph, Transfer
 from p2bw.compiler.storage import kept_storages
+from p2bw.contract.plan import describe
 
 
 def describe_stages(
@@ -110,11 +111,16 @@ def opaque_modules(program: Program, cut: Sequence[StageGraph]) -> tuple[OpaqueS
             type=program.opaque[names[0]].type_name,
             stages=tuple(sorted({stage[name] for name in names})),
             reason=program.opaque[names[0]].reason,
+            returns=tuple(dict.fromkeys(_returns(program.opaque[name]) for name in names)),
             flops_forward=sum(program.fact(name, "flops_forward") for name in names),
             flops_backward=sum(program.fact(name, "flops_backward") for name in names),
         )
         for path, names in nodes.items()
     )
+
+
+def _returns(call: OpaqueCall) -> tuple[str, ...]:
+    return tuple(describe(kind.shape, kind.dtype) for kind in call.outputs)
 
 
 def _random_calls(program: Program) -> Mapping[str, range]:

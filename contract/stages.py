@@ -3,20 +3,23 @@
 import hashlib
 import importlib.abc
 import importlib.util
+import json
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from p2bw.contract.errors import InputFileError, MismatchError, ModelError, P2BWError
-from p2bw.contract.plan import Model, Plan, read_plan
+from p2bw.contract.plan import Model, Plan, describe, read_plan
 from p2bw.modelfile.load import ModelFile, load_model_file
 from p2bw.modelfile.own import OwnModules
 
@@ -73,11 +76,35 @@ def opaque(stage_file: str, path: str) -> nn.Module:
     It comes from the model file that the stage's artifact was compiled from, without its weights:
     like all of a stage's, they are loaded by name.
     """
-    own = _own.get() or OwnModules(find_model_file(Path(stage_file).resolve().parents[1]))
-    module = own.blank(path)
+    artifact = Path(stage_file).resolve().parents[1]
+    module = (_own.get() or OwnModules(find_model_file(artifact))).blank(path)
+    module.register_forward_hook(partial(_check_result, path, _compiled_for(artifact, path)))
     for part in module.modules():
         part.p2bw_opaque = True  # type: ignore[assignment]  # for the runtime: see Weights
     return module
+
+
+def _compiled_for(artifact: Path, path: str) -> list[list[str]]:
+    """What the plan says that the calls of an opaque module return; [] without a plan."""
+    try:
+        plan = json.loads((artifact / "plan.json").read_bytes())
+    except OSError:
+        return []
+    return next((o["returns"] for o in plan.get("opaque", []) if o["module"] == path), [])
+
+
+def _check_result(
+    path: str, compiled: list[list[str]], module: nn.Module, arguments: Any, result: Any
+) -> None:
+    """Refuse a result of another form than the plan's: ranks would wait for what never comes."""
+    tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    found = [describe(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    if compiled and found not in compiled:
+        raise ModelError(
+            f"{path} returned {', '.join(found)}, but it was compiled for "
+            f"{', '.join(compiled[0])}; what a module that is not traced returns must have the "
+            f"same shapes for all data"
+        )
 
 
 def load_stage(artifact: Path, index: int, file: ModelFile | None = None) -> nn.Module:

@@ -440,6 +440,29 @@ def test_it_is_one_block_and_artifacts_are_the_same_each_time(mixture, tmp_path)
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(mixture)).read_bytes()
 
 
+def test_a_result_of_another_shape_than_compiled_stops_the_run(tmp_path):
+    """No value that the compiler draws is above 100."""
+    path = tmp_path / "net.py"
+    path.write_text(
+        HEAD
+        + """
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x)[:1] if x.max() > 100 else self.fc(x)
+"""
+    )
+    out = compiled(path, tmp_path / "out").artifact
+    file = find_model_file(out, path)
+    (stage,) = (s for s in (load_stage(out, k, file) for k in range(2)) if hasattr(s, "part"))
+    assert stage.part(torch.ones(2, 8)).shape == (2, 8)
+    with pytest.raises(ModelError, match=r"part returned float32\[1, 8\], but .*float32\[2, 8\]"):
+        stage.part(torch.full((2, 8), 200.0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
