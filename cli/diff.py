@@ -70,7 +70,8 @@ def _lines(found: "Difference") -> Iterator[str]:
     for (old, new), modules in _grouped(found.moves):
         yield f"{_places(old, new):<23} {with_ranges(modules)}"
     if found.code:
-        yield f"{'code':<23} differs in stages {units.ranges(found.code)}"
+        stages = f"stage{'s' * (len(found.code) > 1)} {units.ranges(found.code)}"
+        yield f"{'code':<23} differs in {stages}"
     elif not (found.settings or found.stages or found.moves):
         yield "the plans differ in details only; compare their plan.json"
 
