@@ -108,8 +108,8 @@ def _summary(plan: Plan) -> Iterable[str]:
     for opaque in plan.opaque:
         reasons.setdefault((opaque.type, opaque.reason), []).append(opaque.module)
     for (kind, reason), modules in reasons.items():
-        shown = summarise_opaque(modules)
-        yield f"opaque      {shown} ({kind}): not traced, not cut, called as it is: {reason}"
+        called = "called as it is, not cut, its costs counted in a run"
+        yield f"opaque      {summarise_opaque(modules)} ({kind}): {called}: {reason}"
     for note in plan.notes:
         yield f"note        {note}"
     if any(stage.recompute for stage in plan.stages):

@@ -246,8 +246,7 @@ class _Flat:
 
 def _untraceable(line: Line | None, message: str, scopes: Sequence[Scope]) -> ModelError:
     """The error about a node that a Program cannot hold, made by the innermost of `scopes`."""
-    own = [scope.path for scope in scopes if not scope.type_name.startswith("torch.nn.")]
-    return UntraceableError(str(at(line, message)), own[-1] if own else "")
+    return UntraceableError(str(at(line, message)), scopes[-1].path if scopes else "")
 
 
 def _attributes(model: nn.Module) -> Iterator[Attribute]:

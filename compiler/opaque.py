@@ -199,7 +199,7 @@ def _likeness(module: nn.Module) -> Hashable:
 
 
 def blamed(error: ModelError, model: nn.Module) -> str | None:
-    """Path of the innermost of the user's modules that could not be traced, "" for the model."""
+    """Path of the innermost module that could not be traced, "" for the model itself."""
     paths = {id(module): path for path, module in model.named_modules()}
     for link in chain(error):
         if isinstance(link, UntraceableError):
@@ -209,7 +209,7 @@ def blamed(error: ModelError, model: nn.Module) -> str | None:
         while traceback is not None:
             frame, code = traceback.tb_frame, traceback.tb_frame.f_code
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if isinstance(first, nn.Module) and id(first) in paths and not _is_torchs(first):
+            if isinstance(first, nn.Module) and id(first) in paths:
                 running.append(paths[id(first)])
             traceback = traceback.tb_next
         if running:
@@ -217,15 +217,11 @@ def blamed(error: ModelError, model: nn.Module) -> str | None:
     return None
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
-
-
 def _around(path: str, model: nn.Module) -> str:
     """The path of the user's module around another, "" for the model itself."""
     while path:
         path = path.rpartition(".")[0]
-        if not _is_torchs(model.get_submodule(path)):
+        if not type(model.get_submodule(path)).__module__.startswith("torch."):
             break
     return path
 

@@ -114,7 +114,7 @@ def test_a_mixture_of_experts_is_compiled_around_its_routing(mixture):
     text = (mixture / "stages" / "stage_0.py").read_text()
     assert 'Block(moe_path="h.0.moe")' in text
     assert "self.moe = opaque(__file__, moe_path)" in text
-    assert "as you wrote it, not traced: moe.py:" in text
+    assert "as it is, not traced, its costs counted in a run: moe.py:" in text
 
 
 def test_flops_are_those_of_the_tokens_that_are_routed():
@@ -274,6 +274,37 @@ def test_arguments_and_results_of_any_form(tmp_path, returned, result, line):
     plan, texts = verified(text, tmp_path)
     assert [o.module for o in plan.opaque] == ["part.inner"]
     assert any(line in text for text in texts), texts
+
+
+def test_a_module_of_torchs_own(tmp_path):
+    plan, texts = verified(
+        """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 16))
+        self.out = nn.AdaptiveLogSoftmaxWithLoss(16, 20, [4, 10])
+
+    def forward(self, x, labels):
+        return self.out(self.first(x), labels).loss
+
+
+def model():
+    return Net()
+
+
+def inputs(batch_size):
+    return torch.randn(batch_size, 8), torch.randint(20, (batch_size,))
+""",
+        tmp_path,
+        "",
+    )
+    assert [o.module for o in plan.opaque] == ["out"]
+    assert "return self.out(first, labels)[1]" in texts[-1]
 
 
 def test_state_of_an_opaque_module(tmp_path):

@@ -137,7 +137,8 @@ def _opaque(header: StageHeader) -> Iterator[str]:
     for path, kind, reason in header.opaque:
         alike.setdefault((kind, reason), []).append(path)
     for (kind, reason), paths in alike.items():
-        text = f"{spans(paths, width=300)}: {plain(kind)} as you wrote it, not traced: "
+        what = f"{plain(kind)} as it is, not traced, its costs counted in a run"
+        text = f"{spans(paths, width=300)}: {what}: "
         first, *more = wrapped(text + plain(reason), WIDTH - 12)
         yield from (f"{'opaque':<10}  {first}", *(f"{'':<10}  {line}" for line in more))
 

@@ -9,8 +9,8 @@ memory      1006 MiB of 16.0 GiB
             = weights 487 KiB + gradients 244 KiB + optimizer 487 KiB + stash 789 KiB +
             buffers 12.0 KiB + transient 16.0 KiB + reserve 1004 MiB
 
-opaque      h.0.moe .. h.1.moe: moe.MoE as you wrote it, not traced: moe.py:76: the model decides by
-            the values in a tensor
+opaque      h.0.moe .. h.1.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76:
+            the model decides by the values in a tensor
 
 sends       h_1: f32[2, 16, 32], 4.00 KiB to stage 1
 

@@ -9,8 +9,8 @@ memory      1005 MiB of 16.0 GiB
             = weights 483 KiB + gradients 242 KiB + optimizer 483 KiB + stash 291 KiB +
             buffers 12.0 KiB + transient 20.0 KiB + reserve 1004 MiB
 
-opaque      h.2.moe .. h.3.moe: moe.MoE as you wrote it, not traced: moe.py:76: the model decides by
-            the values in a tensor
+opaque      h.2.moe .. h.3.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76:
+            the model decides by the values in a tensor
 
 receives    h_1: f32[2, 16, 32], 4.00 KiB from stage 0
 
