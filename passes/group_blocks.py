@@ -2,6 +2,7 @@
 
 import heapq
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -306,10 +307,14 @@ def _block_name(program: Program, members: Sequence[fx.Node]) -> str:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    """The names, with #2, #3 .. behind those that were there before."""
+    """The names, with #2, #3 .. behind those that were there before.
+
+    A name that looks like that itself has #1 as well, so that what is behind the last # is ours.
+    """
     count: dict[str, int] = {}
     found: list[str] = []
     for name in names:
         count[name] = count.get(name, 0) + 1
-        found.append(name if count[name] == 1 else f"{name}#{count[name]}")
+        numbered = count[name] > 1 or re.search(r"#\d+$", name)
+        found.append(f"{name}#{count[name]}" if numbered else name)
     return found

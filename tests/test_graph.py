@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import networkx as nx
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from p2bw.__main__ import app
 from p2bw.compiler.drawing import Cluster, Drawing, Line, Node, draw
-from p2bw.compiler.driver import Compiled
+from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.compiler.plan import read_plan
 from p2bw.compiler.problem import PROBLEM, TensorCost, problem_of
 from p2bw.contract.errors import InputFileError, MismatchError
@@ -314,6 +315,53 @@ def test_no_name_can_leave_its_quotes(names: list[str]) -> None:
     )
     assert read_mermaid(mermaid(drawing), shown(names[0])) == wanted
     assert DotReader(dot(drawing)).read() == wanted
+
+
+HOSTILE = """
+import torch
+from torch import nn
+
+NAMES = ["a", "a#2", 'x"];y-->z', "end", "h,1=0", "<b>&lt;", "\\n%%{init}", "\\\\N"]
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x @ self.up(x).T @ torch.tanh(self.down(x))
+
+def model():
+    layers = nn.Sequential()
+    for name in NAMES:
+        layers.add_module(name, Layer())
+    layers[-1].up.weight = layers[0].up.weight
+    return layers
+
+def inputs(batch_size):
+    return (torch.randn(batch_size, 8),)
+
+def targets(batch_size):
+    return (torch.randn(batch_size, 8),)
+
+def loss(outputs, wanted):
+    return nn.functional.mse_loss(outputs, wanted)
+"""
+
+
+def test_a_model_with_hostile_names_is_compiled_and_drawn(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(HOSTILE)
+    made = compile_model(tmp_path / "model.py", gpus=2, depth=2, microbatch=2, out=tmp_path / "out")
+    drawing = drawn(made)
+    names = {"a", "a#2", 'x"];y-->z', "end", "h,1=0", "<b>&lt;", "\n%%{init}", "\\N", "loss"}
+    assert {label.removeprefix("part of ") for own in labels(drawing) for label in own} == names
+    assert [line.label for line in drawing.lines if line.kind == "tied"] == [
+        ("a.up.weight", "= \\N.up.weight")
+    ]
+    strange = "\N{REPLACEMENT CHARACTER}"
+    for again in (read_mermaid(mermaid(drawing), drawing.name), DotReader(dot(drawing)).read()):
+        assert labels(again) == [[x.replace("\n", strange) for x in own] for own in labels(drawing)]
+        assert len(again.lines) == len(drawing.lines)
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
