@@ -87,11 +87,13 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
         for stage in stages:
             copy_state(original, stage)
         found = _microbatch(plan, file, original, stages, 0)
+        same = found.loss_bitwise
         if found.ok:
             second = _microbatch(plan, file, original, stages, 1)
+            same = same and second.loss_bitwise
             problems = [f"in the second microbatch, {problem}" for problem in second.problems]
             found = replace(found, ok=second.ok, problems=tuple(problems))
-        if found.ok:
+        if found.ok or same:  # the forward pass is right
             return found
         operation = differing_operation(file, plan.microbatch, calls=2)
     if operation:

@@ -32,7 +32,8 @@ HEAD = f"""# Models
 
 Each of these is traced, cut in {DEPTH} stages and verified against the model as it is: the loss,
 and the gradient of every parameter. `pytest -m slow tests/test_zoo.py` does it; sizes are small and
-weights random. "Bitwise": not one bit differs. "Sums": the last bits of some gradients do, for the
+weights random. "Bitwise": not one bit differs. "Opaque": nor does here, and modules that cannot be
+traced are called as they are. "Sums": the last bits of some gradients do, for the
 reason that `p2bw verify` gives, and so much relative to the largest entry. The files named are in
 `examples/`, the others are models of transformers 5.
 
@@ -45,7 +46,7 @@ reason that `p2bw verify` gives, and so much relative to the largest entry. The 
 class Row:
     name: str
     kind: str
-    status: str  # bitwise, sums or refused
+    status: str  # bitwise, opaque, sums or refused
     bitwise: str = ""
     largest: str = ""
     why: str = ""
@@ -59,13 +60,18 @@ def judge(name: str, kind: str, path: Path, out: Path, **options: object) -> Row
     """Compile and verify a model; an error that has no message of its own is a failure."""
     given = {"gpus": DEPTH, "depth": DEPTH, "microbatch": MICROBATCH, "device": "cpu", "out": out}
     try:
-        artifact = compile_model(path, **{**given, **options}).artifact
+        compiled = compile_model(path, **{**given, **options})
     except ModelError as error:
         return Row(name, kind, "refused", why=re.sub(r"\s+", " ", str(error).splitlines()[0]))
-    found = verify(artifact)
+    found = verify(compiled.artifact)
     assert found.ok, (name, found.problems)
     bitwise = f"{found.bitwise} of {found.compared}"
     if found.loss_bitwise and found.bitwise == found.compared:
+        opaque = [
+            f"{spec.module} ({spec.type.rpartition('.')[2]})" for spec in compiled.plan.opaque
+        ]
+        if opaque:
+            return Row(name, kind, "opaque", bitwise, why=f"not traced: {', '.join(opaque)}")
         return Row(name, kind, "bitwise", bitwise)
     reasons = sorted({difference.reason for difference in found.differences})
     largest = "below 1e-7" if found.max_rel < 1e-7 else "below 1e-6"  # which verify demands
@@ -91,11 +97,13 @@ def summary(found: list[Row]) -> str:
     for row in found:
         names[row.status, row.kind].append(row.name)
     lines = [
-        "| kind | to the bit | to 1e-7: the order of sums | refused, with a message |",
-        "|" + " --- |" * 4,
+        "| kind | to the bit | with opaque modules | to 1e-7: the order of sums | refused |",
+        "|" + " --- |" * 5,
     ]
     for kind in dict.fromkeys(row.kind for row in found):
-        cells = [", ".join(names[status, kind]) for status in ("bitwise", "sums", "refused")]
+        cells = [
+            ", ".join(names[status, kind]) for status in ("bitwise", "opaque", "sums", "refused")
+        ]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
