@@ -161,6 +161,13 @@ MODELS = {
 def export(name: str, path: Path, *, optimize: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model, inputs = MODELS[name].model().eval(), MODELS[name].inputs()
+    export_model(model, inputs, path, optimize=optimize)
+    return model
+
+
+def export_model(
+    model: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, optimize: bool
+) -> None:
     batch = torch.export.Dim("batch")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -170,7 +177,6 @@ def export(name: str, path: Path, *, optimize: bool = False) -> nn.Module:
             model, inputs, str(path), dynamo=True, optimize=optimize, external_data=False,
             dynamic_shapes=tuple({0: batch} for _ in inputs),
         )  # fmt: skip
-    return model
 
 
 @pytest.mark.parametrize(
@@ -213,6 +219,48 @@ def test_an_optimised_export_computes_the_same_under_other_names(name: str, tmp_
     feeds = [i.numpy() for i in MODELS[name].inputs()]
     for got, want in zip(by_torch(file, feeds), by_runtime(path, feeds), strict=True):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+class Logits(nn.Module):
+    """A language model of Hugging Face, from token ids to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits
+
+
+def hugging_face(name: str) -> nn.Module:
+    import transformers
+
+    sizes = {"vocab_size": 90, "max_position_embeddings": 16, "use_cache": False}
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, **sizes)
+        return Logits(transformers.GPT2LMHeadModel(config))
+    sizes |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    if name == "bert":
+        return Logits(transformers.BertForMaskedLM(
+            transformers.BertConfig(num_attention_heads=2, **sizes)))  # fmt: skip
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    return Logits(transformers.LlamaForCausalLM(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_hugging_face_model_comes_back(name: str, optimize: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    torch.manual_seed(0)
+    ids = torch.randint(90, (3, 8))
+    export_model(hugging_face(name).eval(), (ids,), path, optimize=optimize)
+    out = tmp_path / "artifact"
+    compile_model(path, gpus=2, depth=2, microbatch=2, out=out)
+    (got,) = by_torch(find_model_file(out), [ids.numpy()])
+    (want,) = by_runtime(path, [ids.numpy()])
+    np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-5, atol=1e-5)
+    assert verify(out).problems == ()
 
 
 @pytest.fixture(scope="module")
@@ -355,20 +403,22 @@ def test_batch_norm_and_dropout_train(tmp_path: Path) -> None:
     assert (model.eval()(x) != 0).all()
 
 
-def test_names_that_meet_are_kept_apart(tmp_path: Path) -> None:
-    """A tensor where another needs a module: found by the test of hostile names."""
+@pytest.mark.parametrize(
+    "names",
+    [("a", "a.b", "a.b.c", "a_"), ("x", "0.0.0", "{0.y}"), ("0", "0.0", "0.0.0"), ("a.1", "a.b.0")],
+)
+def test_names_that_meet_are_kept_apart(names: tuple[str, ...], tmp_path: Path) -> None:
+    """A tensor, a list and a module of one name: found by the test of hostile names."""
     path = tmp_path / "model.onnx"
-    weights = {
-        name: np.full(2, i, np.float32) for i, name in enumerate(["a", "a.b", "a.b.c", "a_"])
-    }
-    nodes, value = [], "x"
+    weights = {name: np.full(2, 2.0**i, np.float32) for i, name in enumerate(names)}
+    nodes, value = [], "input"
     for name in weights:
-        nodes.append(helper.make_node("Add", [value, name], [f"v.{name}"]))
-        value = f"v.{name}"
-    save(path, nodes, {"x": ["batch", 2]}, [value], weights)
+        nodes.append(helper.make_node("Add", [value, name], [f"sum.{name}"]))
+        value = f"sum.{name}"
+    save(path, nodes, {"input": ["batch", 2]}, [value], weights)
     model = imported(path, tmp_path / "out").model()
-    assert torch.equal(model(torch.zeros(1, 2)), torch.full((1, 2), 6.0))
-    assert len(dict(model.named_parameters())) == 4
+    assert torch.equal(model(torch.zeros(1, 2)), torch.full((1, 2), 2.0 ** len(names) - 1))
+    assert len(dict(model.named_parameters())) == len(names)
 
 
 def test_all_that_cannot_be_translated_is_said_at_once(tmp_path: Path) -> None:

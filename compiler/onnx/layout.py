@@ -295,6 +295,12 @@ def _gather_elements(node: Node) -> None:
     node.gives(f"{node.tensor(0)}.gather({node.axis(0)}, {node.tensor(1)})", hint="gather")
 
 
+def _gather_nd(node: Node) -> None:
+    node.require(not node.attribute("batch_dims", 0), "batch_dims")
+    _limit(node)
+    node.gives(f"{node.tensor(0)}[tuple({node.tensor(1)}.unbind(-1))]", hint="gather")
+
+
 def _scatter_elements(node: Node) -> None:
     reduction = node.attribute("reduction", b"none")
     node.require(reduction in (b"none", b"add"), "a reduction other than add")
@@ -357,6 +363,7 @@ LAYOUT: Mapping[str, Translate] = {
     "Flatten": _flatten,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Identity": _identity,
     "Reshape": _reshape,
     "ScatterElements": _scatter_elements,

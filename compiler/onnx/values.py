@@ -129,7 +129,8 @@ class Translator:
     values: dict[str, Value] = field(default_factory=dict)
     statements: list[Statement] = field(default_factory=list)
     tensors: dict[tuple[str, ...], Constant] = field(default_factory=dict)
-    modules: set[tuple[str, ...]] = field(default_factory=set)  # paths that tensors lie below
+    # Paths that tensors lie below, and whether they are lists.
+    lists: dict[tuple[str, ...], bool] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)  # constant -> its path
     uses: Counter[str] = field(default_factory=Counter)
     sources: dict[str, str] = field(default_factory=dict)  # mark -> the input that it reshapes
@@ -161,17 +162,26 @@ class Translator:
     def _place(self, constant: Constant, path: tuple[str, ...]) -> tuple[str, ...]:
         """Give a constant that path, or one with numbers where its names are taken."""
         found: tuple[str, ...] = ()
-        for depth, part in enumerate(path, 1):
-            last = depth == len(path)
+        for part, inner in zip(path, (*path[1:], ""), strict=True):
             number, fresh = 0, (*found, part)
-            while fresh in self.tensors or (last and fresh in self.modules):
+            while not self._fits(fresh, inner):
                 number += 1
-                fresh = (*found, f"{part}_{number}")
+                other = str(int(part) + number) if part.isdigit() else f"{part}_{number}"
+                fresh = (*found, other)
             found = fresh
-            if not last:
-                self.modules.add(found)
+            if inner:
+                self.lists[found] = inner.isdigit()
         self.tensors[found] = constant
         return found
+
+    def _fits(self, path: tuple[str, ...], inner: str) -> bool:
+        """Whether a tensor can lie at a path or, with `inner`, a module that has that child.
+
+        A list has numbers alone, so what has other names is another module.
+        """
+        if path in self.tensors or path not in self.lists:
+            return path not in self.tensors
+        return bool(inner) and self.lists[path] == inner.isdigit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,11 +372,15 @@ def number(array: Array) -> str:
         return str(int(value))
     if not isfinite(value):
         return f'float("{float(value)}")'
-    return repr(float(str(value)))  # the shortest that reads back as this float32
+    shortest = float(str(value))  # that reads back as this float32
+    return repr(
+        shortest if abs(shortest) <= abs(float(np.finfo(value.dtype).max)) else float(value)
+    )
 
 
 def snake(name: str) -> str:
     """BatchNormalization -> batch_normalization."""
+    name = name.replace("NaN", "Nan")
     letters = []
     for i, letter in enumerate(name):
         before = name[i - 1 : i]
