@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @app.command("compile")
 def compile_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL[:FACTORY]", help="The model file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL[:FACTORY]", help="The model file, or an ONNX file.")
+    ],
     gpus: Annotated[int | None, typer.Option(help="How many devices to plan for.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write the artifact.  [build/MODEL]")

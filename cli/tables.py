@@ -17,6 +17,7 @@ from rich.table import Table
 from p2bw.compiler import units
 
 if TYPE_CHECKING:
+    from p2bw.compiler.onnx.stages import ExportedStages
     from p2bw.compiler.plan import Plan, Stage
     from p2bw.compiler.solve import Solution
     from p2bw.compiler.verify import Verification
@@ -222,3 +223,12 @@ def print_export(exported: Exported, out: str) -> None:
         )
     for line in lines:
         console().print(escape(line))
+
+
+def print_stages(exported: ExportedStages, out: str) -> None:
+    console().print(escape(f"{', '.join(exported.files)} in {out}"))
+    if exported.max_rel is None:
+        checked = "checked; install onnxruntime to have them run against the model"
+    else:
+        checked = f"checked; in ONNX Runtime off by {exported.max_rel:.1e} relative"
+    console().print(f"loss {exported.loss:.6g} in evaluation mode; {checked}")

@@ -129,18 +129,46 @@ def export_command(
         Path,
         typer.Argument(metavar="DIR", help="A checkpoint, a folder of them, or an artifact."),
     ],
-    out: Annotated[Path, typer.Option(help="Where to write the files.", metavar="DIR")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write safetensors files to this folder.", metavar="DIR")
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="Write the artifact's stages as ONNX files to it.", metavar="DIR"),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="With --onnx: these weights, not the model file's.", metavar="FILES"),
+    ] = None,
     model: ModelPath = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint's weights as safetensors files by the names of the user's own model."""
+    """Write a checkpoint's weights by the names of the user's own model, or stages as ONNX."""
     with reporting(debug):
+        from p2bw.contract.errors import UsageError
         from p2bw.export import export
         from p2bw.progress import progress
-        from p2bw.tables import print_export
+        from p2bw.tables import print_export, print_stages
 
+        if (out is None) == (onnx is None):
+            raise UsageError(
+                "export writes weights to --out DIR, or stages to --onnx DIR: give one"
+            )
+        if onnx is not None:
+            from p2bw.compiler.onnx.stages import export_onnx
+
+            with progress(quiet) as say:
+                stages = export_onnx(source, out=onnx, model=model, weights=weights, progress=say)
+            if as_json:
+                print_json(stages.to_json())
+            elif not quiet:
+                print_stages(stages, str(onnx))
+            return
+        assert out is not None
+        if weights is not None:
+            raise UsageError("--weights goes with --onnx; --out writes a checkpoint's own")
         with progress(quiet) as say:
             exported = export(source, out=out, model=model, progress=say)
         if as_json:

@@ -186,6 +186,7 @@ def compile_model(
 ) -> Compiled:
     """Trace a model file, place it on a topology and write its stages as Python files.
 
+    An ONNX file becomes a model file first, with its weights beside it (docs/onnx.md).
     What is None is searched (depth, width, microbatch), or has the command line's default; `rules`
     (of `parse_rules`) narrow the search down. The plan is within `gap` of the fastest, as far as
     the search can prove that; `stop` may end it early, and the best plan so far is kept. With
