@@ -384,6 +384,37 @@ def test_what_trains_and_what_does_not(tmp_path: Path) -> None:
     assert np.array_equal(by_runtime(path, [x])[0], made(torch.from_numpy(x)).detach().numpy())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_types_stay_what_they_are(dtype: str, tmp_path: Path) -> None:
+    kind = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+    number = kind.get(dtype, TensorProto.DOUBLE)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "a.weight", "a.bias"], ["h"], transB=1),
+            helper.make_node("Add", ["h", "b"], ["y"]),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("x", number, ["batch", 3])],
+        [helper.make_tensor_value_info("y", number, ["batch", 2])],
+        [
+            helper.make_tensor("a.weight", number, [2, 3], [1, 2, 3, 4, 5, 6.5]),
+            helper.make_tensor("a.bias", number, [2], [0.5, -1]),
+            helper.make_tensor("b", number, [1], [2]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    model.ir_version = 9
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    file = imported(path, tmp_path / "out")
+    net = file.model()
+    assert isinstance(net.a, nn.Linear)
+    assert {str(p.dtype) for p in net.parameters()} == {f"torch.{dtype}"}
+    made = net(torch.ones(1, 3, dtype=getattr(torch, dtype)))
+    assert made.tolist() == [[8.5, 16.5]]
+    file.call(net, file.inputs(2), file.targets(2)).backward()
+
+
 def test_batch_norm_and_dropout_train(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     names = ("weight", "bias", "running_mean", "running_var")

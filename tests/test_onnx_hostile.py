@@ -133,6 +133,11 @@ def _no_inputs(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 4), np.float32), "x"))
 
 
+def _only_integers(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("ArgMax", ["y"], ["i"]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("i", TensorProto.INT64, [1, 2]))
+
+
 def _two_unknown(model: onnx.ModelProto) -> None:
     for i, op in enumerate(["NonZero", "Unique", "NonZero"]):
         outputs = [f"e{i}"]
@@ -158,6 +163,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda p: p.write_bytes(mlp(p).read_bytes()[:200]), "not "),
     "no nodes": (edited(lambda m: m.graph.ClearField("node")), "no graph with nodes"),
     "no weights": (edited(_no_weights), "nothing to train"),
+    "integers only": (edited(_only_integers), "no output of floats"),
     "no inputs": (edited(_no_inputs), "no inputs"),
     "a cycle": (edited(_cycle), "not a valid ONNX model"),
     "an undefined input": (edited(lambda m: m.graph.node[1].input.__setitem__(0, "q")), "valid"),

@@ -93,7 +93,7 @@ def read_model(path: Path) -> "onnx.ModelProto":
             f"{path.name} has {len(model.graph.node):,} nodes; the limit is {_MOST_NODES:,}"
         )
     _check_domains(path, model)
-    for tensor in _all_tensors(model.graph.node, model.graph):
+    for tensor in _all_tensors(path, model.graph):
         stored(path, tensor)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -173,11 +173,11 @@ def quote(text: str) -> str:
     return shown if shown.isidentifier() else ascii(shown)
 
 
-def _all_tensors(nodes: Any, graph: Any) -> Iterator[Any]:
+def _all_tensors(path: Path, graph: Any) -> Iterator[Any]:
     yield from graph.initializer
     if graph.sparse_initializer:
-        raise InputFileError("the model has sparse initializers; save it with dense ones")
-    for node in nodes:
+        raise InputFileError(f"{path.name} has sparse initializers; save it with dense ones")
+    for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t

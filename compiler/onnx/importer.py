@@ -57,6 +57,8 @@ def import_onnx(path: Path, folder: Path, sizes: Mapping[str, Any] | None = None
             f"initializer with dimensions)"
         )
     outputs = [(value.name, _output(path, shapes, value.name)) for value in model.graph.output]
+    if not any("float" in dtype for _, (_, dtype) in outputs):
+        raise InputFileError(f"{path.name} has no output of floats that a loss could come from")
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
     save_file({name: _tensor(c) for name, c in modules.tensors.items()}, weights)

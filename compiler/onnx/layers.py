@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from p2bw.compiler.onnx.values import Leaf, Local, Node, Translate
+from p2bw.compiler.onnx.values import Leaf, Local, Node, Translate, typed
 
 
 def _matmul(node: Node) -> None:
@@ -16,7 +16,8 @@ def _matmul(node: Node) -> None:
     outer, inner = tensor.shape
     leaf = None
     if path[-1] == "weight":
-        leaf = _linear_leaf(path, f"nn.Linear({inner}, {outer}, bias=False)", x)
+        constructor = typed(f"nn.Linear({inner}, {outer}, bias=False)", tensor.dtype)
+        leaf = _linear_leaf(path, constructor, x)
     code = f"F.linear({x}, ⟦{'.'.join(path)}⟧)"
     statement = node.gives(code, hint="linear", leaf=leaf)
     node.translator.linear[statement.results[0]] = path

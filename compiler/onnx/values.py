@@ -360,7 +360,15 @@ class Node:
         if len(parents) != 1 or parents == {()}:
             return None
         owns = frozenset(path[-1] for path in paths if path)
-        return Leaf(parents.pop(), constructor, owns, call)
+        dtypes = {self.translator.tensors[path].dtype for path in paths if path}
+        if len(dtypes) != 1:
+            return None
+        return Leaf(parents.pop(), typed(constructor, dtypes.pop()), owns, call)
+
+
+def typed(constructor: str, dtype: str) -> str:
+    """A torch.nn module whose parameters are of that type."""
+    return constructor if dtype == "float32" else f"{constructor[:-1]}, dtype=torch.{dtype})"
 
 
 def number(array: Array) -> str:
