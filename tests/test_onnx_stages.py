@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from p2bw.__main__ import app
 from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.compiler.onnx.stages import TOLERANCE, export_onnx
-from p2bw.contract.errors import UsageError
+from p2bw.contract.errors import MismatchError, UsageError
 from p2bw.contract.stages import find_model_file
 
 
@@ -114,6 +114,11 @@ def test_there_and_back_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [architecture.name for architecture in CORPUS])
 def test_the_examples(name: str, compiled: Callable[[str, int], Compiled], tmp_path: Path) -> None:
-    exported = export_onnx(compiled(name, 2).artifact, out=tmp_path / "onnx")
+    artifact, out = compiled(name, 2).artifact, tmp_path / "onnx"
+    if name == "resnet":  # PyTorch's exporter drops label_smoothing, which only running it shows
+        with pytest.raises(MismatchError, match="label_smoothing"):
+            export_onnx(artifact, out=out)
+        return
+    exported = export_onnx(artifact, out=out)
     assert exported.max_rel is not None
     assert exported.max_rel <= TOLERANCE

@@ -89,8 +89,10 @@ def export_onnx(
     difference = None if got is None else abs(got - loss) / max(abs(loss), 1e-12)
     if difference is not None and not difference <= TOLERANCE:
         raise MismatchError(
-            f"the loss of the files in {out} is {got!r} in ONNX Runtime, and {loss!r} in the model "
-            f"in evaluation mode: the stages' code depends on training mode"
+            f"the loss of the files in {out} is {got:.7g} in ONNX Runtime, and {loss:.7g} in the "
+            f"model in evaluation mode: do not use them. PyTorch's exporter does not keep all that "
+            f"the model does (of cross_entropy it drops label_smoothing), or the stages' code "
+            f"differs between training and evaluation"
         )
     return ExportedStages(files=(*names, PIPELINE), loss=loss, max_rel=difference)
 
