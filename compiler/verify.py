@@ -21,6 +21,7 @@ from p2bw.compiler.disagreement import differing_operation
 from p2bw.compiler.plan import Plan, Stage, read_plan
 from p2bw.compiler.seeded import SEED, seeded_random
 from p2bw.compiler.trace_env import plain_checkpoints
+from p2bw.contract.arrival import arrive
 from p2bw.contract.errors import MismatchError
 from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.modelfile.initial import copy_state, lookup
@@ -143,6 +144,7 @@ def _staged(
     The loss; and for each tensor that was sent, how many stages it got a gradient from.
     """
     arrived: dict[tuple[int, str], Tensor] = {}
+    gradients: dict[int, dict[str, Tensor]] = {k: {} for k in range(plan.depth)}  # of these
     produced: list[dict[str, Tensor]] = []
     for k, module in enumerate(stages):
         spec = plan.stages[k]
@@ -154,8 +156,10 @@ def _staged(
         produced.append(named)
         for send in spec.sends:
             tensor = named[send.tensor].detach().clone()
-            arrived[send.peer, send.tensor] = tensor.requires_grad_(send.gradient)
-    return _backward(plan, produced, arrived)
+            if send.gradient:
+                tensor = arrive(tensor, gradients[send.peer], send.tensor)
+            arrived[send.peer, send.tensor] = tensor
+    return _backward(plan, produced, gradients)
 
 
 def _forward(
@@ -178,7 +182,7 @@ def _forward(
 
 
 def _backward(
-    plan: Plan, produced: list[dict[str, Tensor]], arrived: dict[tuple[int, str], Tensor]
+    plan: Plan, produced: list[dict[str, Tensor]], gradients: dict[int, dict[str, Tensor]]
 ) -> tuple[Tensor, Counter[str]]:
     losses = []
     terms: Counter[str] = Counter()
@@ -195,7 +199,7 @@ def _backward(
                 seeds.append(None)
         # Later consumers first: the order in which eager autograd would have summed them.
         for send in sorted(spec.sends, key=lambda s: s.peer, reverse=True):
-            gradient = arrived[send.peer, send.tensor].grad if send.gradient else None
+            gradient = gradients[send.peer].get(send.tensor)
             if gradient is not None and produced[k][send.tensor].requires_grad:
                 roots.append(produced[k][send.tensor])
                 seeds.append(gradient)
@@ -203,7 +207,7 @@ def _backward(
         if roots:
             torch.autograd.backward(roots, seeds)
         for name in (receive.tensor for receive in spec.receives):
-            own, later = arrived[k, name].grad, passed_back.get(name)
+            own, later = gradients[k].get(name), passed_back.get(name)
             if own is not None and (later is None or not torch.equal(own, later)):
                 terms[name] += 1  # a gradient that is only passed back is no term of the sum
     (loss,) = losses

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from p2bw.contract.arrival import arrive
 from p2bw.contract.errors import MismatchError
 from p2bw.contract.plan import Stage, describe
 from p2bw.runtime.feed import seed_forward
@@ -22,6 +23,7 @@ class InFlight:
     """
 
     arguments: Mapping[str, Tensor]  # that get a gradient; all of them if to be computed again
+    gradients: dict[str, Tensor]  # of these, when they are known
     edges: Mapping[str, GradientEdge]  # of the results that have a gradient; {} if ... again
     buffers: Mapping[str, Tensor]  # as before the forward, those that computing again would change
 
@@ -59,15 +61,17 @@ class Compute:
         (oneDNN's LSTM) give other bits, and the peak is that of computing again anyway.
         """
         named = dict(zip(self.stage.arguments, arguments, strict=True))
+        caught: dict[str, Tensor] = {}
         for name in self.differentiable:
-            named[name].requires_grad_()
+            named[name] = arrive(named[name], caught, name)
         again = self.stage.recompute
         buffers = self._buffers_before() if again else {}
         results = self._run(number, version, named)
         if again:
-            kept = InFlight(named, {}, self._keep_changing(buffers))
+            kept = InFlight(named, caught, {}, self._keep_changing(buffers))
         else:
-            kept = InFlight({n: named[n] for n in self.differentiable}, _edges(results), {})
+            own = {name: named[name] for name in self.differentiable}
+            kept = InFlight(own, caught, _edges(results), {})
         self.in_flight[number] = kept
         return {name: result.detach() for name, result in results.items()}
 
@@ -92,8 +96,8 @@ class Compute:
             torch.autograd.backward([edges[n] for n in roots], [seeds[n] for n in roots])
         found = {}
         for name in self.differentiable:
-            tensor = kept.arguments[name]
-            found[name] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            gradient = kept.gradients.get(name)
+            found[name] = torch.zeros_like(kept.arguments[name]) if gradient is None else gradient
         return _unshared(found, [leaf.grad for leaf in new if leaf.grad is not None])
 
     def _run(self, number: int, version: int, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -140,9 +140,9 @@ def test_a_second_ctrl_c_aborts(tmp_path):
     """A search that does not come to its end by itself, and the command line around it."""
     script = (
         "import time\n"
-        "from p2bw.__main__ import _reporting\n"
+        "from p2bw.app import reporting\n"
         "from p2bw.progress import stopping\n"
-        "with _reporting(False), stopping(None, lambda text: print(text, flush=True)):\n"
+        "with reporting(False), stopping(None, lambda text: print(text, flush=True)):\n"
         "    print('searching', flush=True)\n"
         "    while True: time.sleep(0.01)\n"
     )

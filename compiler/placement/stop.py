@@ -82,7 +82,8 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.interrupted = True
         if self._on_interrupt is not None:
-            self._on_interrupt()
+            # In a thread: the signal may have come while this one was writing to the same stream.
+            threading.Thread(target=self._on_interrupt).start()
 
 
 def run_solver(solver: Any, model: Any, stop: Stop, tell: Tell | None = None) -> Any:
