@@ -85,6 +85,7 @@ class Opaques:
     model: nn.Module  # without memory, as it is traced
     own: OwnModules
     causes: dict[str, ModelError] = field(default_factory=dict)  # path -> why it is not traced
+    likeness: dict[str, Hashable] = field(default_factory=dict)  # path -> see _likeness
     known: dict[Hashable, Observed] = field(default_factory=dict)
     calls: dict[str, OpaqueCall] = field(default_factory=dict)  # of the last trace
 
@@ -149,6 +150,7 @@ class Opaques:
         for name, module in self.model.named_modules():
             if type(module) is kind and name:
                 self.causes.setdefault(name, cause)
+                self.likeness[name] = _likeness(module)
         return True
 
     def _run(self, call: _Call) -> bool:
@@ -166,6 +168,7 @@ class Opaques:
             if str(cause).partition(": ")[0] == str(error).partition(": ")[0]:
                 raise cause from error  # the user's own mistake, there as here
             raise ModelError(f"{cause}\n{error}") from error
+        assert self._key(call) not in self.known, "tracing would go on for ever"
         self.known[self._key(call)] = saw
         return True
 
@@ -178,8 +181,8 @@ class Opaques:
         """What calls that give and cost the same have in common."""
         leaves, spec = tree_flatten(call.arguments)
         plain = tuple(map(repr, leaves))
-        module = self.model.get_submodule(call.path)
-        return (_likeness(module), plain, str(spec), call.tensors, call.grad, call.autocast)
+        like = self.likeness[call.path]
+        return (like, plain, str(spec), call.tensors, call.grad, call.autocast)
 
 
 def _likeness(module: nn.Module) -> Hashable:
@@ -200,7 +203,8 @@ def _likeness(module: nn.Module) -> Hashable:
 
 def blamed(error: ModelError, model: nn.Module) -> str | None:
     """Path of the innermost module that could not be traced, "" for the model itself."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    # Tracing calls a module with several names through proxies, which share its attributes.
+    paths = {id(vars(module)): path for path, module in model.named_modules()}
     for link in chain(error):
         if isinstance(link, UntraceableError):
             return link.path
@@ -209,8 +213,8 @@ def blamed(error: ModelError, model: nn.Module) -> str | None:
         while traceback is not None:
             frame, code = traceback.tb_frame, traceback.tb_frame.f_code
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if isinstance(first, nn.Module) and id(first) in paths:
-                running.append(paths[id(first)])
+            if isinstance(first, nn.Module) and id(vars(first)) in paths:
+                running.append(paths[id(vars(first))])
             traceback = traceback.tb_next
         if running:
             return running[-1]

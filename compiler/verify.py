@@ -23,7 +23,7 @@ from p2bw.compiler.seeded import SEED, seeded_random
 from p2bw.compiler.trace_env import plain_checkpoints
 from p2bw.contract.arrival import arrive
 from p2bw.contract.errors import MismatchError
-from p2bw.contract.stages import find_model_file, load_stage
+from p2bw.contract.stages import find_model_file, load_stage, opaque_paths
 from p2bw.modelfile.initial import copy_state, lookup
 from p2bw.modelfile.load import ModelFile
 
@@ -151,8 +151,7 @@ def _staged(
         arguments = [
             values[name] if name in spec.inputs else arrived[k, name] for name in spec.arguments
         ]
-        opaque = [o.module for o in plan.opaque if k in o.stages]
-        named = _forward(module, spec, arguments, opaque)
+        named = _forward(module, spec, arguments)
         produced.append(named)
         for send in spec.sends:
             tensor = named[send.tensor].detach().clone()
@@ -162,13 +161,11 @@ def _staged(
     return _backward(plan, produced, gradients)
 
 
-def _forward(
-    module: nn.Module, spec: Stage, arguments: list[Tensor], opaque: Iterable[str]
-) -> dict[str, Tensor]:
+def _forward(module: nn.Module, spec: Stage, arguments: list[Tensor]) -> dict[str, Tensor]:
     """Results of one stage by name; MismatchError if its code, perhaps edited, cannot give them."""
     where = f"stages/stage_{spec.index}.py"
     try:
-        with seeded_random(iter(spec.random), module, opaque):
+        with seeded_random(iter(spec.random), module, opaque_paths(module)):
             results = module(*arguments)
     except Exception as error:
         raise MismatchError(f"{where} fails: {type(error).__name__}: {error}") from error

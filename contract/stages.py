@@ -79,9 +79,15 @@ def opaque(stage_file: str, path: str) -> nn.Module:
     artifact = Path(stage_file).resolve().parents[1]
     module = (_own.get() or OwnModules(find_model_file(artifact))).blank(path)
     module.register_forward_hook(partial(_check_result, path, _compiled_for(artifact, path)))
-    for part in module.modules():
-        part.p2bw_opaque = True  # type: ignore[assignment]  # for the runtime: see Weights
+    for part in module.modules():  # for the runtime, see Weights; and for opaque_paths
+        part.p2bw_opaque = path if part is module else True  # type: ignore[assignment]
     return module
+
+
+def opaque_paths(stage: nn.Module) -> list[str]:
+    """Where a stage holds the user's own modules that could not be traced."""
+    marks = ((path, getattr(part, "p2bw_opaque", None)) for path, part in stage.named_modules())
+    return [path for path, mark in marks if isinstance(mark, str)]
 
 
 def _compiled_for(artifact: Path, path: str) -> list[list[str]]:
