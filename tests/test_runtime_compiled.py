@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from p2bw.compiler.driver import compile_model
 from p2bw.compiler.program import Program
+from p2bw.compiler.rules import parse_rules
 from p2bw.compiler.topology import make_topology
 from p2bw.compiler.trace import trace
+from p2bw.compiler.verify import verify
 from p2bw.contract.job import Job
 from p2bw.contract.plan import Plan, read_plan
 from p2bw.contract.stages import find_model_file
@@ -161,4 +163,60 @@ def test_training_an_example_equals_the_reference_bitwise(
         tmp_path / "a", example, gpus=depth * width, depth=depth, width=width, recompute=recompute
     )
     job = Job(artifact=artifact, steps=4, schedule=schedule, microbatches=3)
+    assert differing(job, train_in_threads(job)) == []
+
+
+TRANSPOSED = """
+import torch
+from torch import nn
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(64))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = Shift()
+        self.mix = nn.Linear(48, 64)
+
+    def forward(self, x):
+        return self.mix(self.shift(x).transpose(1, 2)).tanh()  # whose gradient is transposed too
+
+
+def model():
+    return Model()
+
+
+def inputs(batch_size):
+    return (torch.randn(batch_size, 48, 64),)
+
+
+def targets(batch_size):
+    return (torch.randn(batch_size, 64, 64),)
+
+
+def loss(outputs, wanted):
+    return (outputs - wanted).square().mean()
+"""
+
+
+def test_gradients_have_the_layout_that_they_have_in_the_whole_model(tmp_path: Path) -> None:
+    """The sum for the bias goes along it: of a gradient laid out otherwise it has other bits."""
+    (tmp_path / "transposed.py").write_text(TRANSPOSED)
+    artifact = compile_model(
+        tmp_path / "transposed.py",
+        **{"gpus": 2, "depth": 2, "microbatch": 4, "device": "cpu", "out": tmp_path / "a"},
+        rules=parse_rules(cut_after=["shift"]),
+    ).artifact
+    found = verify(artifact)
+    assert found.problems == ()
+    assert found.bitwise == found.compared == 3
+    job = Job(artifact=Path(artifact), steps=4, microbatches=3)
     assert differing(job, train_in_threads(job)) == []
