@@ -585,3 +585,12 @@ class Part(nn.Module):
     )
     (opaque,) = plan.opaque
     assert opaque.module == "part"
+
+
+def test_there_is_no_onnx_of_an_opaque_module(mixture, tmp_path):
+    pytest.importorskip("onnxscript")
+    from p2bw.compiler.onnx.stages import export_onnx
+
+    with pytest.raises(ModelError, match=r"^h.0.moe was not traced \(moe.py:"):
+        export_onnx(mixture, out=tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from p2bw.compiler.onnx.files import import_package
+from p2bw.compiler.plan import read_plan as read_whole_plan
 from p2bw.contract.errors import MismatchError, ModelError, UsageError
 from p2bw.contract.plan import Plan, Stage, read_plan
 from p2bw.contract.stages import find_model_file, load_stage
@@ -68,6 +69,10 @@ def export_onnx(
     _import_exporter()
     artifact, out = Path(artifact), Path(out)
     plan = read_plan(artifact)
+    for opaque in read_whole_plan(artifact).opaque:
+        raise ModelError(
+            f"{opaque.module} was not traced ({opaque.reason}), so it cannot be written as ONNX"
+        )
     file = find_model_file(artifact, Path(model) if model else None)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--onnx {out} exists and is not an empty folder; name another")
