@@ -20,8 +20,9 @@ _PUBLIC = {
     "load": ("p2bw.compiler.plan", "read_plan"),
     "verify": ("p2bw.compiler.verify", "verify"),
     "run": ("p2bw.launch", "run"),
+    "simulate": ("p2bw.compiler.simulation.simulate", "simulate"),
 }
-__all__ = ["__version__", "compile", "load", "opaque", "run", "verify"]
+__all__ = ["__version__", "compile", "load", "opaque", "run", "simulate", "verify"]
 
 
 def __getattr__(name: str) -> Any:

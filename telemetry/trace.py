@@ -58,6 +58,11 @@ class Trace:
         flow = {"tid": tid, "id": number, "name": channel.tensor, "ts": (end - 1) / 1000} | flow
         self._add(cat=channel.flow, **flow)
 
+    def memory(self, used: int, at_s: float) -> None:
+        """How many bytes the rank uses from now on."""
+        at = round((at_s - self.zero_s) * 1e9) / 1000
+        self._add(ph="C", name="memory", ts=at, args={"bytes": used})
+
     def _add(self, **event: object) -> None:
         self.lines.add(json.dumps({"pid": self.rank} | event) + ",\n")
 

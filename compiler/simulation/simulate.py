@@ -1,0 +1,189 @@
+"""simulate: how a plan's schedule goes on its topology."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from p2bw.compiler.plan import Plan, read_plan
+from p2bw.compiler.simulation.engine import Engine, Mark, Record, Usage
+from p2bw.compiler.simulation.job import PS, Job, StageTimes, make_job, planned_times
+from p2bw.compiler.simulation.result import DeviceUse, LinkUse, Simulation
+from p2bw.compiler.simulation.trace import Spans
+from p2bw.contract.errors import UsageError
+
+BATCHES = 10
+_STEADY = 12  # batches after the pipeline is full in which a cycle is looked for
+
+
+def simulate(
+    plan: Plan | str | Path,
+    *,
+    times: Sequence[StageTimes] | None = None,
+    batches: int = BATCHES,
+    jitter: float = 0.0,
+    seed: int = 0,
+    stragglers: Mapping[int, float] | None = None,
+    trace: str | Path | None = None,
+) -> Simulation:
+    """Simulate a plan, or that of an artifact: discrete events, no tensors.
+
+    `times` are those of each stage, measured; without them, the plan's. Each computation takes up
+    to `jitter` (a share) more or less time, drawn with `seed`; `stragglers` says of ranks how many
+    times as long all of theirs take. `trace` is written for Perfetto, as a run's is. UsageError for
+    what does not fit the plan.
+    """
+    if not isinstance(plan, Plan):
+        plan = read_plan(Path(plan))
+    if batches < 1:
+        raise UsageError(f"{batches} batches are nothing to simulate; ask for 1 or more")
+    job = make_job(
+        plan, times=times, batches=batches, jitter=jitter, seed=seed, stragglers=stragglers
+    )
+    steady = find_steady(job)
+    if trace is None:
+        whole = _whole(job, steady)
+    else:
+        spans = Spans(job)
+        whole = run_whole(job, spans.record, spans.usage)
+        spans.write(Path(trace), plan, steady.engine.symmetry.classes)
+    times = times or [planned_times(plan, stage) for stage in plan.stages]
+    period_s = steady.elapsed / PS / (steady.batches * job.pipe.microbatches)
+    return Simulation(
+        schedule=job.pipe.schedule,
+        depth=plan.depth,
+        width=plan.width,
+        microbatches=job.pipe.microbatches,
+        period_s=period_s,
+        samples_per_s=plan.microbatch * plan.width / period_s if period_s else 0.0,
+        utilisation=_utilisation(plan, times, period_s),
+        planned_period_s=plan.period_s,
+        cycle_batches=steady.batches if steady.exact else None,
+        batches=batches,
+        total_s=whole.total / PS,
+        start_s=whole.start / PS,
+        drain_s=whole.drain / PS,
+        devices=_devices(plan, steady),
+        links=_links(steady),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """The steady state between two marks of a simulation."""
+
+    engine: Engine
+    first: Mark
+    last: Mark
+    exact: bool  # the state is the same at both
+
+    @property
+    def batches(self) -> int:
+        return self.last.batch - self.first.batch
+
+    @property
+    def elapsed(self) -> int:
+        return self.last.at - self.first.at
+
+
+def find_steady(job: Job) -> Steady:
+    """Simulate until the state comes again; where it does not, take what is between fill and drain.
+
+    Actions are the same in every batch but for the first ones, which fill the pipeline, and the
+    last, which drain it; so what follows a state that came again is a repetition, too.
+    """
+    fill = _fill(job)
+    last = 2 * fill + _STEADY
+    marks: dict[object, Mark] = {}
+    found: list[tuple[Mark, Mark]] = []
+
+    def watch(mark: Mark) -> bool:
+        """Go on until a state comes again."""
+        if mark.batch >= fill:
+            key = mark.batch if job.jitter else mark.state
+            if key in marks:
+                found.append((marks[key], mark))
+            marks.setdefault(key, mark)
+        return not found and mark.batch < last
+
+    engine = Engine(replace(job, pipe=replace(job.pipe, batches=last + fill)), watch=watch)
+    engine.run()
+    for first, second in found:
+        return Steady(engine, first, second, True)
+    every = list(marks.values())
+    return Steady(engine, every[fill], every[-1], False)
+
+
+def _fill(job: Job) -> int:
+    """Batches after which the pipeline is full, and before the end of which it begins to drain."""
+    pipe = job.pipe
+    ahead = 0 if pipe.drains else pipe.depth + pipe.extra
+    return 2 + -(-ahead // pipe.microbatches)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A run from its start to its end, in picoseconds."""
+
+    total: int
+    start: int
+    drain: int
+
+
+def run_whole(job: Job, record: Record | None = None, usage: Usage | None = None) -> Whole:
+    """Simulate every batch."""
+    engine = Engine(job, record=record, usage=usage)
+    engine.run()
+    total = max(engine.ended)
+    return Whole(total, engine.first_close, total - engine.last_forward)
+
+
+def _whole(job: Job, steady: Steady) -> Whole:
+    """Without simulating the batches that only repeat what is known."""
+    cycles = 0
+    if steady.exact:
+        least = steady.last.batch + _fill(job) + 1
+        cycles = max(0, (job.pipe.batches - least) // steady.batches)
+        batches = job.pipe.batches - cycles * steady.batches
+        job = replace(job, pipe=replace(job.pipe, batches=batches))
+    whole = run_whole(job)
+    return replace(whole, total=whole.total + cycles * steady.elapsed)
+
+
+def _utilisation(plan: Plan, times: Sequence[StageTimes], period_s: float) -> float:
+    """As the plan counts it: computing the forward again is no use of a device."""
+    again = [stage.compute_s.recompute for stage in plan.stages]
+    busy_s = sum(t.forward_s + t.backward_s for t in times) - sum(again)
+    gpus: int = plan.topology["gpus"]
+    return busy_s * plan.width / (gpus * period_s) if period_s else 0.0
+
+
+def _devices(plan: Plan, steady: Steady) -> tuple[DeviceUse, ...]:
+    engine, found = steady.engine, []
+    for stage in plan.stages:
+        for own, replicas in enumerate(engine.symmetry.classes):
+            p = own * plan.depth + stage.index
+            waits = steady.last.waited[p] - steady.first.waited[p]
+            found.append(
+                DeviceUse(
+                    stage=stage.index,
+                    ranks=tuple(stage.devices[replica] for replica in replicas),
+                    busy=(steady.last.busy[p] - steady.first.busy[p]) / max(steady.elapsed, 1),
+                    waits={what: ps / max(steady.elapsed, 1) for what, ps in sorted(waits.items())},
+                    in_flight=engine.peak_stash[p],
+                    peak_bytes=engine.peak[p],
+                    planned_bytes=stage.memory.total,
+                    limit_bytes=stage.memory.limit,
+                )
+            )
+    return tuple(found)
+
+
+def _links(steady: Steady) -> tuple[LinkUse, ...]:
+    symmetry, elapsed_s = steady.engine.symmetry, max(steady.elapsed, 1) / PS
+    sums = zip(steady.last.carried, steady.first.carried, strict=True)
+    busy = [
+        (last - first) / (bandwidth * elapsed_s)
+        for (last, first), bandwidth in zip(sums, symmetry.bandwidth, strict=True)
+    ]
+    links = map(LinkUse, symmetry.names, symmetry.counts, busy)
+    return tuple(sorted(links, key=lambda link: -link.busy))
