@@ -1,7 +1,8 @@
 """What a run is asked to do, and the command line that says so to every rank."""
 
+import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FLAGS = {"timeout_s": "--timeout"}  # those whose flag is not the field's own name
@@ -61,3 +62,33 @@ def arguments(job: Job, options: Options) -> list[str]:
         *(str(part) for flag in flags.items() for part in flag),
         *(["--quiet"] if options.quiet else []),
     ]
+
+
+def parse(description: str | None) -> tuple[Job, Options]:
+    """The job and options of this process's command line, as `arguments` writes them."""
+    parser = argparse.ArgumentParser(prog="p2bw.runtime", description=description)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--steps", type=int, required=True, help="weight updates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schedule", help="2bw, flush, gpipe or stash; the plan's by default")
+    parser.add_argument("--microbatches", type=int, help="per update; the plan's by default")
+    parser.add_argument("--model", type=Path, help="where the model file is now")
+    parser.add_argument("--result", type=Path, metavar="FILE", help="write losses and speed")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--timeout", type=float, dest="timeout_s", metavar="S", default=120)
+    parser.add_argument("--threads", type=int, help="of each rank; torchrun's default is 1")
+    parser.add_argument("--clip-norm", type=float, metavar="X", help="of a batch's gradients")
+    parser.add_argument("--weights", type=Path, metavar="PATH", help="safetensors to start with")
+    parser.add_argument("--init", choices=["auto", "whole", "modules"], default="auto")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to keep checkpoints")
+    parser.add_argument("--checkpoint-every", type=int, metavar="N", help="updates")
+    parser.add_argument("--keep", type=int, metavar="K", default=2, help="so many checkpoints")
+    parser.add_argument("--resume", metavar="last|DIR", help="go on from a checkpoint")
+    parser.add_argument("--metrics", type=Path, metavar="FILE", help="a line of JSON per update")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="a Perfetto trace of the run")
+    parser.add_argument("--quiet", action="store_true", help="no lines of progress")
+    given = parser.parse_args()
+    job = Job(**{field.name: getattr(given, field.name) for field in fields(Job)})
+    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
+    return job, options

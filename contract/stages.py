@@ -180,3 +180,19 @@ def digests(artifact: Path, plan: Plan) -> dict[str, str]:
         for path in paths
         if path.is_file()
     }
+
+
+def tied_parameters(plan: Plan, stage: int, module: nn.Module) -> dict[str, str]:
+    """The parameters that the stage shares with others: canonical name -> the stage's own name."""
+    found = {}
+    names = {name for name, _ in module.named_parameters()}
+    for tied in plan.tied:
+        if stage in tied.stages and len(tied.stages) > 1:
+            here = names.intersection(tied.names)
+            if len(here) != 1:
+                raise MismatchError(
+                    f"stage {stage} should hold one parameter named {' or '.join(tied.names)}, "
+                    f"it holds {len(here)}"
+                )
+            (found[tied.names[0]],) = here
+    return found

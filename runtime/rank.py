@@ -1,7 +1,5 @@
 """One rank of a run under torchrun: it meets the others, trains, saves and reports."""
 
-import json
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
@@ -9,16 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from p2bw.contract.agreement import compare_ranks, gather_utilisation, meet
 from p2bw.contract.checkpoint import StageState
-from p2bw.contract.errors import MismatchError, PeerError, UsageError
+from p2bw.contract.errors import MismatchError, UsageError
 from p2bw.contract.job import Job, Options
+from p2bw.contract.network import choose_interface
 from p2bw.contract.schedule import Action
-from p2bw.contract.stages import digests
 from p2bw.contract.store import Place, Store
 from p2bw.modelfile.turns import taking_turns
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.failure import Stop, Watchdog, restarted
-from p2bw.runtime.place import choose_interface, within
+from p2bw.runtime.place import within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.transport import DistributedTransport
 from p2bw.runtime.worker import Events, Start, Update, Worker
@@ -70,7 +69,7 @@ def run_rank(job: Job, options: Options, place: Place, run: Store, watchdog: Wat
             f"{job.artifact} is a plan for {prepared.plan.ranks} ranks, torchrun started "
             f"{place.world}; use --nproc-per-node {prepared.plan.ranks} on one machine"
         )
-    compare_ranks(prepared, options, place, store)
+    compare_ranks(job, prepared.plan, options, place, store)
     device = choose_device(options.device, place)
     join(device, options.timeout_s, place, store)
     report = Report(prepared, say=place.rank == 0 and not options.quiet)
@@ -176,50 +175,3 @@ def join(device: torch.device, timeout_s: float, place: Place, store: Store) -> 
         world_size=place.world,
         timeout=timedelta(seconds=timeout_s + _LATE_S),
     )
-
-
-def compare_ranks(prepared: Prepared, options: Options, place: Place, store: Store) -> None:
-    """Refuse to start unless all ranks have the same artifact, model file, torch and options."""
-    told = asdict(prepared.job) | {
-        "checkpoint-every": options.checkpoint_every,
-        "checkpoint": options.checkpoint is not None,  # where it is may differ
-        "resume": options.resume,
-    }
-    own = digests(prepared.job.artifact, prepared.plan) | {
-        "torch": torch.__version__,
-        **{f"--{k.replace('_', '-')}": str(v) for k, v in told.items()},
-    }
-    del own["--artifact"], own["--model"]  # the same bytes, maybe at other places
-    store.set(f"digests/{place.rank}", json.dumps(own))
-    if place.rank == 0:
-        verdict = ""
-        for rank in range(1, place.world):
-            theirs = json.loads(store.get(f"digests/{rank}"))
-            if different := sorted(key for key in own if theirs.get(key) != own[key]):
-                verdict = (
-                    f"rank {rank} differs from rank 0 in {', '.join(different)}; "
-                    f"give every machine the same artifact and command"
-                )
-                break
-        store.set("verdict", verdict)
-    if verdict := store.get("verdict").decode():
-        raise MismatchError(verdict)
-
-
-def gather_utilisation(busy_s: float, elapsed_s: float, place: Place, store: Store) -> float:
-    """The share of the run in which the ranks computed, averaged over them; 0 but on rank 0."""
-    store.set(f"busy/{place.rank}", repr(busy_s))
-    if place.rank != 0:
-        return 0.0
-    all_s = sum(float(store.get(f"busy/{rank}")) for rank in range(place.world))
-    return all_s / (elapsed_s * place.world)
-
-
-def meet(place: Place, store: Store, what: str) -> None:
-    """Wait until all ranks have come this far."""
-    store.set(f"{what}/{place.rank}", "")
-    try:
-        store.wait([f"{what}/{rank}" for rank in range(place.world)])
-    except RuntimeError:
-        missing = [r for r in range(place.world) if not store.check([f"{what}/{r}"])]
-        raise PeerError(f"ranks {missing} are not {what} in time (--timeout)") from None

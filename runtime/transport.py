@@ -1,13 +1,12 @@
 """Messages between ranks: one small interface, and its implementation over torch.distributed."""
 
 import math
-import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
-from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -16,8 +15,7 @@ from torch import Tensor
 from p2bw.contract.errors import PeerError
 from p2bw.contract.plan import TensorSpec
 from p2bw.contract.schedule import Channel, Flow
-
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+from p2bw.runtime.neighbours import find_neighbours
 
 
 class Arrival(Protocol):
@@ -51,6 +49,9 @@ class Transport(Protocol):
 class DistributedTransport:
     """Gloo on CPUs, NCCL on GPUs; a GPU without NCCL goes through host memory.
 
+    Ranks on one machine without NCCL exchange messages through shared memory instead, which is
+    several times cheaper (`Neighbour`). What follows is about the others.
+
     Every message is the bytes of one tensor, in the order in which they lie in memory. A channel's
     first message tells how the sender's dimensions are ordered there, if it has several, and those
     after it are packed alike. Without it a transposed tensor would arrive contiguous, and kernels
@@ -81,30 +82,53 @@ class DistributedTransport:
         self.orders: dict[Channel, list[int]] = {}  # of dimensions in memory, both ways
         self.headers: dict[Channel, tuple[Tensor, dist.Work]] = {}  # that will tell the order
         self.sending: dict[Channel, list[tuple[dist.Work, Tensor]]] = {}
-        self.blocks = _Blocks()
+        tag = 2 * len(channels)  # that no channel has
+        self.near = {} if self.direct else find_neighbours(peers.values(), tag)
         self.groups = self._connect() if self.direct else {}
         made = [dist.new_group(list(ranks)) for ranks in replicas] if len(replicas[0]) > 1 else []
         self.replicas = made[stage] if made else None
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
+        order = self.orders.get(channel)
+        if neighbour := self.near.get(self.peers[channel.target]):
+            order = self.orders[channel] = order or _order(tensor)
+            with _blaming(channel, channel.target, self.peers[channel.target]):
+                neighbour.send(self.tags[channel], tensor.detach(), order)
+            return
         self._wait_for_sends(channel)
-        if channel not in self.orders:
+        if order is None:
             order = self.orders[channel] = _order(tensor)
             if len(order) > 1:
                 self._send(channel, torch.tensor(order, device=self.device), header=1)
-        self._send(channel, tensor.detach().permute(self.orders[channel]).contiguous(), header=0)
+        self._send(channel, tensor.detach().permute(order).contiguous(), header=0)
 
     def receive(self, channel: Channel) -> Arrival:
-        spec = self.specs[channel]
+        spec, peer = self.specs[channel], self.peers[channel.source]
+        if peer in self.near:
+            return _Message(partial(self._from_neighbour, channel, spec, peer))
         if channel not in self.headers and len(spec.shape) > 1:
             header = self._buffer(8 * len(spec.shape))
             work = self._start(dist.irecv, header, channel, channel.source, header=1)
             self.headers[channel] = header, work
         data = self._buffer(math.prod(spec.shape) * spec.dtype.itemsize)
         if not data.numel():
-            return _Message(self, channel, data, None)
+            return _Message(partial(self._unpack, channel, data, None))
         work = self._start(dist.irecv, data, channel, channel.source, header=0)
-        return _Message(self, channel, data, work)
+        return _Message(partial(self._unpack, channel, data, work))
+
+    def _from_neighbour(self, channel: Channel, spec: TensorSpec, peer: int) -> Tensor:
+        with _blaming(channel, channel.source, peer):
+            tensor = self.near[peer].receive(self.tags[channel], spec.dtype, spec.shape)
+        return tensor.to(self.device)
+
+    def _unpack(self, channel: Channel, data: Tensor, work: dist.Work | None) -> Tensor:
+        """Give a message the type, shape and strides that it had at its sender."""
+        if work is not None:
+            self.wait(channel, channel.source, work)
+        spec, order = self.specs[channel], self.order(channel)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        tensor = data.to(self.device).view(spec.dtype)
+        return tensor.view([spec.shape[d] for d in order]).permute(inverse)
 
     def order(self, channel: Channel) -> list[int]:
         """The order in memory of the dimensions of the tensors that a channel brings."""
@@ -128,9 +152,8 @@ class DistributedTransport:
             work.wait()
 
     def _buffer(self, size: int) -> Tensor:
-        if self.direct or not size:  # torch's allocator of GPU memory keeps blocks by itself
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
-        return self.blocks.take(size)
+        device = self.device if self.direct else "cpu"
+        return torch.empty(size, dtype=torch.uint8, device=device)
 
     def _send(self, channel: Channel, packed: Tensor, header: int) -> None:
         if packed.numel():
@@ -172,43 +195,12 @@ class DistributedTransport:
         return groups
 
 
-class _Blocks:
-    """Memory to receive into that is used again, but never while a tensor lies in it.
-
-    Autograd may adopt a received gradient as a parameter's `.grad`, and a stage's code may keep
-    what it is given: a block is free when the last tensor on it is gone, and with it the block's
-    lease. Fresh memory would cost a page fault every 4 KiB: 5 times the copy of a large message.
-    """
-
-    def __init__(self) -> None:
-        self.leased: dict[int, list[tuple[mmap.mmap, ReferenceType[memoryview]]]] = {}
-
-    def take(self, size: int) -> Tensor:
-        blocks = self.leased.setdefault(size, [])
-        free = next((i for i, (_, lease) in enumerate(blocks) if lease() is None), len(blocks))
-        block = blocks[free][0] if free < len(blocks) else mmap.mmap(-1, size, _PRIVATE)
-        lease = memoryview(block)
-        blocks[free : free + 1] = [(block, ref(lease))]
-        return torch.frombuffer(lease, dtype=torch.uint8)
-
-
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """Gives a message the type, shape and strides that it had at its sender."""
-
-    transport: DistributedTransport
-    channel: Channel
-    data: Tensor
-    work: dist.Work | None
+    receive: Callable[[], Tensor]
 
     def wait(self) -> Tensor:
-        transport, spec = self.transport, self.transport.specs[self.channel]
-        if self.work is not None:
-            transport.wait(self.channel, self.channel.source, self.work)
-        tensor = self.data.to(transport.device).view(spec.dtype)
-        order = transport.order(self.channel)
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return tensor.view([spec.shape[d] for d in order]).permute(inverse)
+        return self.receive()
 
 
 @dataclass(slots=True)
@@ -253,7 +245,7 @@ def _blaming(channel: Channel, stage: int, peer: int) -> Iterator[None]:
     """Turns the transport's own errors into one that names the message and the peer."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         fact = f"rank {peer} (stage {stage}) is gone (killed, or its machine failed)"
         raise PeerError(f"{channel}: {fact}: {_reason(error)}") from None
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from p2bw.contract.checkpoint import StageState
-from p2bw.contract.errors import MismatchError, ModelError
-from p2bw.contract.plan import Plan
+from p2bw.contract.errors import ModelError
 from p2bw.contract.schedule import Action, Channel, Flow, Kind, actions
+from p2bw.contract.stages import tied_parameters
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.feed import Feed
 from p2bw.runtime.prepare import Prepared
@@ -108,7 +108,7 @@ class Worker:
         self.weights = Weights(module, pipe.copies(index))
         share = 1 / (pipe.microbatches * self.width)
         self.compute = Compute(self.stage, module, self.weights, seed, device, share)
-        self.tied = _tied_parameters(plan, index, module)  # canonical name -> name in the stage
+        self.tied = tied_parameters(plan, index, module)  # canonical name -> name in the stage
         own = [name for name in self.weights.names if name not in self.tied.values()]
         tied = [name for name in self.weights.names if name in self.tied.values()]
         self.own = Updater(self.weights, own, file.optimizer, file.scheduler)
@@ -353,19 +353,3 @@ class Worker:
         self.own.save(state)
         self.shared.save(state)
         return state
-
-
-def _tied_parameters(plan: Plan, stage: int, module: nn.Module) -> dict[str, str]:
-    """The parameters that the stage shares with others: canonical name -> the stage's own name."""
-    found = {}
-    names = {name for name, _ in module.named_parameters()}
-    for tied in plan.tied:
-        if stage in tied.stages and len(tied.stages) > 1:
-            here = names.intersection(tied.names)
-            if len(here) != 1:
-                raise MismatchError(
-                    f"stage {stage} should hold one parameter named {' or '.join(tied.names)}, "
-                    f"it holds {len(here)}"
-                )
-            (found[tied.names[0]],) = here
-    return found

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from p2bw.contract.agreement import meet
 from p2bw.contract.job import Job
 from p2bw.launch import FAILURE_FILE
 from p2bw.runtime.failure import Stop
 from p2bw.runtime.place import connect, find_place
 from p2bw.runtime.prepare import initial_stage, prepare
-from p2bw.runtime.rank import Listener, build, join, meet
+from p2bw.runtime.rank import Listener, build, join
 from p2bw.telemetry.report import Report
 
 

@@ -14,6 +14,7 @@ from handmade import write_artifact
 from safetensors.torch import load_file
 from test_runtime import differences
 
+from p2bw.contract.agreement import compare_ranks
 from p2bw.contract.errors import MismatchError, P2BWError, UsageError
 from p2bw.contract.job import Job, Options
 from p2bw.contract.plan import read_plan
@@ -22,7 +23,6 @@ from p2bw.contract.store import Place
 from p2bw.launch import run
 from p2bw.runtime.local import Trained
 from p2bw.runtime.prepare import prepare
-from p2bw.runtime.rank import compare_ranks
 from p2bw.runtime.worker import LossError
 
 SHAPES = [(d, w, m) for d, w in ((2, 1), (3, 1), (4, 1), (2, 2)) for m in (d, d + 1, 2 * d)]
@@ -183,7 +183,7 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
 
         def rank(number: int, job: Job, options: Options) -> None:
             try:
-                compare_ranks(prepare(job), options, Place(number, 2, 0, 1, 0), store)
+                compare_ranks(job, prepare(job).plan, options, Place(number, 2, 0, 1, 0), store)
             except MismatchError as error:
                 said.append(str(error))
 
