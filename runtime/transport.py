@@ -15,7 +15,7 @@ from torch import Tensor
 from p2bw.contract.errors import PeerError
 from p2bw.contract.plan import TensorSpec
 from p2bw.contract.schedule import Channel, Flow
-from p2bw.runtime.neighbours import find_neighbours
+from p2bw.runtime.neighbours import Neighbour, find_neighbours
 
 
 class Arrival(Protocol):
@@ -82,8 +82,7 @@ class DistributedTransport:
         self.orders: dict[Channel, list[int]] = {}  # of dimensions in memory, both ways
         self.headers: dict[Channel, tuple[Tensor, dist.Work]] = {}  # that will tell the order
         self.sending: dict[Channel, list[tuple[dist.Work, Tensor]]] = {}
-        tag = 2 * len(channels)  # that no channel has
-        self.near = {} if self.direct else find_neighbours(peers.values(), tag)
+        self.near = {} if self.direct else self._find_neighbours()
         self.groups = self._connect() if self.direct else {}
         made = [dist.new_group(list(ranks)) for ranks in replicas] if len(replicas[0]) > 1 else []
         self.replicas = made[stage] if made else None
@@ -174,6 +173,12 @@ class DistributedTransport:
     def _wait_for_sends(self, channel: Channel) -> None:
         for work, _ in self.sending.pop(channel, ()):  # only once: the second time gloo hangs
             self.wait(channel, channel.target, work)
+
+    def _find_neighbours(self) -> dict[int, Neighbour]:
+        try:
+            return find_neighbours(self.peers.values(), tag=2 * len(self.channels))
+        except (RuntimeError, OSError) as error:
+            raise PeerError(f"a rank is gone before it began: {_reason(error)}") from None
 
     def _connect(self) -> dict[tuple[Flow, bool], dist.ProcessGroup]:
         """Give NCCL a communicator for each pair and direction, connected before it is needed.
