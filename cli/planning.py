@@ -91,6 +91,12 @@ def compile_command(
         Path | None,
         typer.Option(help="Write the placement problem here too, for solve.", metavar="FILE"),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measured times instead of estimates: a file of profile.", metavar="FILE"
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -129,6 +135,7 @@ def compile_command(
                 stop=stopping(limit, say),
                 dump_passes=dump_passes,
                 problem=problem,
+                profile=profile,
                 progress=say,
             )
         if as_json:

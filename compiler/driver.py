@@ -14,6 +14,7 @@ from p2bw.compiler.describe import describe_stages, opaque_modules, tensor_spec,
 from p2bw.compiler.dump import dump
 from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.lower import placement_problem
+from p2bw.compiler.measured import Profile, choose_topology, read_profile, update_times
 from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.options import checked_autocast, checked_recompute, checked_schedule
@@ -28,14 +29,14 @@ from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.rules import Rules, check_rules, constraints_of
 from p2bw.compiler.schedule import check_schedule
 from p2bw.compiler.split import split
-from p2bw.compiler.topology import Topology, make_topology
+from p2bw.compiler.topology import Topology
 from p2bw.compiler.trace import trace
 from p2bw.compiler.units import parse_gap
 from p2bw.contract.errors import ModelError, UsageError
 from p2bw.contract.schedule import most_extra
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
-from p2bw.passes.annotate_time import annotate_time
+from p2bw.passes.annotate_time import annotate_time, use_profile
 
 # A cut between layers is worth more to a reader than a thousandth of the speed, which no model of
 # costs foresees.
@@ -68,6 +69,7 @@ class _Compiler:
     rules: Rules
     say: Callable[[str], None]
     dump_folder: Path | None
+    profile: Profile | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     programs: dict[int, Program] = field(default_factory=dict)
     problems: dict[int, PlacementProblem] = field(default_factory=dict)
@@ -97,6 +99,9 @@ class _Compiler:
                     if other.facts.keys() == program.facts.keys():
                         program = replace(program, blocks=other.blocks)
                         break
+                if self.profile is not None:
+                    program = use_profile(program, profile=self.profile)
+                    self._dump(program)
             self.programs[batch_size] = program
         return self.programs[batch_size]
 
@@ -130,13 +135,16 @@ class _Compiler:
                         kind.name: annotate_time(program, device=kind)
                         for kind in self.topology.kinds[1:]
                     },
+                    update_s=update_times(self.profile, program) if self.profile else None,
                 )
                 constraints = constraints_of(self.rules, program, problem)
                 self.problems[batch_size] = problem.model_copy(update={"constraints": constraints})
         return self.problems[batch_size]
 
     def candidates(self) -> Mapping[int, PlacementProblem]:
-        """The problem at every microbatch size to search."""
+        """The problem at every microbatch size to search: those of the profile, if there is one."""
+        if self.profile is not None:
+            return {b: self.problem(b) for b in self.profile.microbatches}
         low, high = self._two_traceable()
         first, second = self.problem(low), self.problem(high)
         if self.programs[low].blocks != self.programs[high].blocks:
@@ -182,6 +190,7 @@ def compile_model(
     stop: Stop | None = None,
     dump_passes: str | Path | None = None,
     problem: str | Path | None = None,
+    profile: str | Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Compiled:
     """Trace a model file, place it on a topology and write its stages as Python files.
@@ -190,8 +199,10 @@ def compile_model(
     What is None is searched (depth, width, microbatch), or has the command line's default; `rules`
     (of `parse_rules`) narrow the search down. The plan is within `gap` of the fastest, as far as
     the search can prove that; `stop` may end it early, and the best plan so far is kept. With
-    `problem`, that file gets the placement problem at the microbatch size that was chosen. Raises
-    the errors of contract/errors.py; nothing is written unless all has gone well.
+    `problem`, that file gets the placement problem at the microbatch size that was chosen. With
+    `profile` (a file of `p2bw profile`) the devices are those that were measured, and times are
+    measured ones. Raises the errors of contract/errors.py; nothing is written unless all has gone
+    well.
     """
     checked = checked_schedule(schedule, clip_norm)
     policy = checked_recompute(recompute)
@@ -201,7 +212,8 @@ def compile_model(
                         ("microbatches", microbatches)):  # fmt: skip
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: give a number from 1 on")
-    topology = make_topology(gpus=gpus, device=device, memory=memory, cluster=cluster)
+    measured = read_profile(Path(profile)) if profile is not None else None
+    topology = choose_topology(measured, gpus, device, memory, cluster)
     rules = rules or Rules()
     check_rules(rules, topology.gpus, depth)
     path = Path(model)
@@ -223,6 +235,7 @@ def compile_model(
             rules=rules,
             say=progress,
             dump_folder=Path(dump_passes) if dump_passes is not None else None,
+            profile=measured,
             seconds={"load": round(time.perf_counter() - begin, 3)},
         )
         placement = _place(compiler, rules.depth or depth, width, source.microbatch, policy, limits)

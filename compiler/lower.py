@@ -30,12 +30,14 @@ def placement_problem(
     optimizer: Mapping[TensorType, int],
     on: Mapping[str, Program],
     clip_norm: float | None = None,
+    update_s: Mapping[TensorType, float] | None = None,
 ) -> PlacementProblem:
     """What the placement has to know of a program with times and blocks.
 
     `optimizer` gives the bytes of optimizer state of a parameter of each type; `microbatches` is
     per update (None: as many as there are stages); `on` has the program with the times of every
-    other kind of device in the topology.
+    other kind of device in the topology. `update_s` has measured seconds of one optimizer step of a
+    parameter of each type, where there is a profile.
     """
     assert program.blocks is not None, "group_blocks has not run"
     home = {node: block.name for block in program.blocks for node in block.nodes}
@@ -47,7 +49,7 @@ def placement_problem(
         microbatches=microbatches,
         clip_norm=clip_norm,
         blocks=tuple(_block(program, block, stash[block.name], on) for block in program.blocks),
-        parameters=tuple(_parameters(program, home, topology, optimizer)),
+        parameters=tuple(_parameters(program, home, topology, optimizer, update_s or {})),
         tensors=(*tensors, *_summation_order(program, home, tensors)),
         topology=topology,
     )
@@ -133,6 +135,7 @@ def _parameters(
     home: Mapping[str, str],
     topology: Topology,
     optimizer: Mapping[TensorType, int],
+    measured: Mapping[TensorType, float],
 ) -> Iterator[ParameterCost]:
     for node in program.graph.nodes:
         if node.op != "get_attr" or str(node.target) not in program.parameters:
@@ -147,7 +150,9 @@ def _parameters(
             bytes=attribute.type.bytes,
             gradient_bytes=attribute.type.bytes if attribute.trainable else 0,
             optimizer_bytes=state,
-            update_s=_update_s(attribute, state, topology.device),
+            update_s=measured.get(attribute.type, 0.0)
+            if measured and attribute.trainable
+            else _update_s(attribute, state, topology.device),
             on={kind.name: _update_s(attribute, state, kind) for kind in topology.kinds[1:]},
             blocks=tuple(blocks),
         )

@@ -256,7 +256,7 @@ class Program:
         return replace(self, facts=MappingProxyType(facts), history=(*self.history, pass_name))
 
     @contextmanager
-    def entering(self, node: fx.Node) -> Iterator[None]:
+    def entering(self, node: fx.Node, device: str = "cpu") -> Iterator[None]:
         """The regions (no_grad, autocast) that the user's code put around a node."""
         with ExitStack() as stack:
             for region in self.facts[node.name].context:
@@ -266,7 +266,7 @@ class Program:
                     stack.enter_context(torch.enable_grad())
                 else:
                     dtype = getattr(torch, region.removeprefix("autocast(").removesuffix(")"))
-                    stack.enter_context(torch.autocast("cpu", dtype=dtype))
+                    stack.enter_context(torch.autocast(device, dtype=dtype))
             yield
 
 

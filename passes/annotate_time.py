@@ -1,9 +1,13 @@
-"""annotate_time: how long each node takes on a device, by a roofline."""
+"""annotate_time: how long each node takes on a device, by a roofline or by a profile."""
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from p2bw.compiler.devices import Device
+from p2bw.compiler.measured import Profile, block_times, feed_s
 from p2bw.compiler.program import Program, tensor_arguments
 
 
@@ -25,6 +29,40 @@ def annotate_time(program: Program, *, device: Device) -> Program:
             launches = getattr(opaque, direction).kernels if opaque else 1
             seconds[node.name] = busy + launches * device.op_overhead_s if busy else 0.0
     return program.learn("annotate_time", forward_s=forward, backward_s=backward)
+
+
+def use_profile(program: Program, *, profile: Profile) -> Program:
+    """The same with each block's measured seconds, divided among its nodes as they were before.
+
+    Every stage that reads inputs makes the microbatch's data: the first and the last of the readers
+    take the time for that, so that two stages do if there are two.
+    """
+    assert program.blocks is not None, "group_blocks has not run"
+    measured = block_times(profile, program)
+    readers = [b.name for b in program.blocks if any(_reads_inputs(program, n) for n in b.nodes)]
+    makes_data = {*readers[:1], *readers[-1:]}
+    data_s = feed_s(profile, program.batch_size)
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    for block in program.blocks:
+        times = measured[block.name]
+        forward_s = times.forward_s + (data_s if block.name in makes_data else 0.0)
+        forward |= _divided(program, block.nodes, "forward_s", forward_s)
+        backward |= _divided(program, block.nodes, "backward_s", times.backward_s)
+    return program.learn("use_profile", forward_s=forward, backward_s=backward)
+
+
+def _reads_inputs(program: Program, name: str) -> bool:
+    return any(argument.op == "placeholder" for argument in tensor_arguments(program.node(name)))
+
+
+def _divided(program: Program, nodes: Sequence[str], fact: str, seconds: float) -> dict[str, float]:
+    before = [program.fact(name, fact) for name in nodes]
+    total = math.fsum(before)
+    return {
+        name: seconds * (share / total if total else 1 / len(nodes))
+        for name, share in zip(nodes, before, strict=True)
+    }
 
 
 def _arithmetic(program: Program, node: fx.Node) -> torch.dtype:

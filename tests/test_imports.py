@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from corpus import ROOT
 
-PARTS = ("cli", "compiler", "contract", "modelfile", "passes", "runtime", "telemetry")
+PARTS = (
+    *("cli", "compiler", "contract", "measure", "modelfile", "passes", "runtime", "telemetry"),
+)
 SOURCES = tuple(sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py")))
 COMMAND_LINE = {
     f"p2bw.{path.stem}" for path in (ROOT / "cli").glob("*.py") if path.stem != "__init__"
