@@ -12,6 +12,7 @@ from p2bw.contract.store import Store
 from p2bw.contract.tensors import renamed
 from p2bw.telemetry.report import Lines
 
+RUN = "p2bw run"  # an event that says what was run
 _ROUNDS = 4  # in which a rank asks for the time
 
 
@@ -32,6 +33,14 @@ class Trace:
         self.rank, self.zero_s = rank, zero_s
         self.lines = Lines(_part(path, rank), "--trace")
         self.lines.add("[\n")
+        run = {
+            "schedule": pipeline.schedule,
+            "microbatches": pipeline.microbatches,
+            "clipped": pipeline.clipped,
+            "depth": plan.depth,
+            "width": plan.width,
+        }
+        self._add(ph="M", name=RUN, args=run)  # Perfetto skips what it does not know
         name = f"rank {rank}: stage {stage}" + f", replica {self.replica}" * (plan.width > 1)
         self._add(ph="M", name="process_name", args={"name": name})
         self._add(ph="M", name="process_sort_index", args={"sort_index": rank})
