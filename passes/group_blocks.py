@@ -34,8 +34,9 @@ def group_blocks(program: Program, *, indivisible: Collection[str] = ()) -> Prog
 
     Nodes that cannot be told apart stay together: a tuple and its items, writes in place and those
     who see them, calls of the `indivisible` modules. What takes no time and has no parameters (a
-    view) goes with the operator that it serves. How many blocks the placement looks at at once is
-    its own business (compiler/placement/coarsen.py).
+    view) goes with the operator that it serves, so that layers which each take a view of the same
+    tensor, like a table of angles, can all be sent that one tensor. How many blocks the placement
+    looks at at once is its own business (compiler/placement/coarsen.py).
     """
     nodes = program.compute_nodes
     groups = _mandatory_groups(program, nodes, indivisible)
@@ -71,6 +72,7 @@ def _mandatory_groups(
         _calls(program, nodes, indivisible),
         _loners(program, nodes),
         _constants(nodes),
+        _views(program, nodes),
     ):
         for a, b in pairwise(members):
             joined.union(position[a], position[b])
@@ -191,6 +193,18 @@ def _constants(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
             constant.add(node)
             if len(node.users) == 1:
                 yield [node, *(user for user in node.users if user.op == "call_function")]
+
+
+def _views(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """A view of what others read too is made where it is first used, if it is no smaller."""
+    for node in nodes:
+        source = _viewed(program, node) if _seconds(program, node) == 0 else None
+        users = [user for user in node.users if user.op == "call_function"]
+        if source is None or len(source.users) < 2 or not users or not _is_tensor(program, source):
+            continue
+        (kind,), (viewed,) = program.facts[node.name].out, program.facts[source.name].out
+        if kind.bytes >= viewed.bytes:
+            yield [node, users[0]]
 
 
 def _path(program: Program, node: fx.Node) -> str | None:

@@ -95,8 +95,8 @@ def test_identifiers_are_safe(text: str, name: str) -> None:
 
 
 def test_paths_are_told_as_spans() -> None:
-    assert spans(["h.3", "h.4", "h.5", "ln_f"], width=60) == "h.3 .. h.5, ln_f"
-    assert spans(["a.0.b", "a.1.b", 'x"""'], width=60) == "a.0.b .. a.1.b, x???"
+    assert spans(["h.3", "h.4", "h.5", "ln_f"], width=60) == "h.3-5, ln_f"
+    assert spans(["a.0.b", "a.1.b", 'x"""'], width=60) == "a.0-1.b, x???"
     assert spans([f"layer{i}" for i in range(20)], width=20) == "layer0, layer1 and 18 more"
 
 
@@ -118,7 +118,7 @@ def test_code_that_emission_never_writes_is_refused(line: str) -> None:
 
 
 def test_a_header_tells_the_stages_numbers() -> None:
-    wire = Wire(name="h_2", type=TensorType((8, 64), torch.float32), bytes=2048, peer=0)
+    wire = Wire(name="h_2", type=TensorType((8, 64), torch.float32), bytes=2048, peers=(0,))
     header = StageHeader(
         index=1,
         depth=4,
@@ -142,7 +142,7 @@ def test_a_header_tells_the_stages_numbers() -> None:
     text = format_header(header)
     for words in (
         "Stage 1 of 4: GPT on ranks 2, 3.",
-        "h.3 .. h.5",
+        "h.3-5",
         "parameters  21.2 M",
         "forward     4.12 ms, 4.00 GFLOP",
         "busy 95.6 % of the period",

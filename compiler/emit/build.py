@@ -59,12 +59,6 @@ class Builder:
         self._fill(frame)
         name_queries(body)
         body.results = tuple(self._number(frame, value) for value in self.layout.results)
-        if len(body.results) > 1:
-            for number, value in zip(body.results, self.layout.results, strict=True):
-                if number >= body.arguments:
-                    old = body.values[number]
-                    name = "loss" if value is self.program.loss else self.names[value.name]
-                    body.values[number] = Value(old.type, name)
         self._place(frame)
         self.root.bodies.append(body)
         return self.root
@@ -156,9 +150,13 @@ class Builder:
                     pass
                 case _:
                     statement.augmented = ""  # the result needs a name of its own
-        elif not isinstance(expr, Call):
+        elif self._is_idle(node):
             return  # nothing uses it and it does nothing
         frame.body.statements.append(statement)
+
+    def _is_idle(self, node: fx.Node) -> bool:
+        facts = self.program.facts[node.name]
+        return facts.mutates == () and facts.random_calls == 0
 
     def _unpack(self, frame: _Frame, statement: Statement, node: fx.Node, names: list[str]) -> None:
         parts = self.layout.survey.parts[node]

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from p2bw.compiler.emit.expr import WIDTH
-
 
 def plain(text: str) -> str:
     """Foreign text for a comment or docstring: one line, nothing that could end it."""
@@ -12,14 +10,14 @@ def plain(text: str) -> str:
 
 
 def spans(paths: Sequence[str], width: int) -> str:
-    """ "h.3 .. h.5, ln_f": paths in words, runs of numbered siblings as spans."""
+    """ "h.3-5, ln_f": paths in words, runs of numbered siblings as spans."""
     groups: list[list[str]] = []
     for path in paths:
         if groups and _follows(groups[-1][-1], path):
             groups[-1].append(path)
         else:
             groups.append([path])
-    words = [group[0] if len(group) == 1 else f"{group[0]} .. {group[-1]}" for group in groups]
+    words = [_span(group[0], group[-1]) for group in groups]
     shown = words[:1]
     for word in words[1:]:
         if len(", ".join([*shown, word])) > width:
@@ -39,14 +37,10 @@ def _follows(before: str, after: str) -> bool:
     return a.isdecimal() and b.isdecimal() and int(b) == int(a) + 1
 
 
-def docstring(text: str, indent: int) -> list[str]:
-    """A docstring, on several lines if it has to be."""
-    space = " " * indent
-    line = f'{space}"""{text}"""'
-    if len(line) <= WIDTH:
-        return [line]
-    lines = wrapped(text, WIDTH - indent - 12)
-    return [f'{space}"""{lines[0]}', *(space + line for line in lines[1:]), f'{space}"""']
+def _span(first: str, last: str) -> str:
+    """ "h.3-5.attn" for h.3.attn .. h.5.attn."""
+    pairs = zip(first.split("."), last.split("."), strict=True)
+    return ".".join(a if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Expressions of emitted code: small immutable trees, printed as a careful person would.
 
-Long calls and collections are exploded to one item per line with a trailing comma, which makes
-the text a fixed point of `ruff format`.
+The arguments of long calls go on a line of their own, or else each on one with a trailing comma,
+as do the items of long collections; so the text is a fixed point of `ruff format`.
 """
 
 import math
@@ -272,6 +272,9 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
         case Call(func, args, kwargs) if args or kwargs:
             opening, closing = f"{_operand(func, _ATOM)}(", ")"
             items = [("", arg) for arg in args] + [(f"{name}=", v) for name, v in kwargs]
+            together = " " * (indent + 4) + ", ".join(name + flat(item) for name, item in items)
+            if len(together) <= WIDTH:
+                return [" " * indent + prefix + opening, together, " " * indent + closing]
         case Dict(pairs) if pairs:
             opening, closing = "{", "}"
             items = [(f"{key}: " if key else "", value) for key, value in pairs]
@@ -291,6 +294,36 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
     comma = "" if sole and isinstance(node, Call) else ","
     body = [text for lines in inner for text in (*lines[:-1], lines[-1] + comma)]
     return [" " * indent + prefix + opening, *body, " " * indent + closing]
+
+
+def short(node: Node) -> Node:
+    """The expression with `x.unsqueeze(0).unsqueeze(2)` as x[None, :, None], which is the same."""
+
+    def shorter(part: Node) -> Node:
+        match part:
+            case Call(Attr(Call() | Index() as base, "unsqueeze"), (Raw(dim),), ()):
+                added = _axes(base)
+                if added is not None and dim.isdecimal():
+                    return _with_axis(*added, int(dim))
+        return part
+
+    return rebuild(node, shorter)
+
+
+def _axes(node: Node) -> tuple[Node, list[str]] | None:
+    """What axes are added to, and the index that adds them."""
+    match node:
+        case Call(Attr(base, "unsqueeze"), (Raw(dim),), ()) if dim.isdecimal():
+            return base, [":"] * int(dim) + ["None"]
+        case Index(base, items) if all(item in (Raw(":"), Raw("None")) for item in items):
+            return base, [flat(item) for item in items]
+    return None
+
+
+def _with_axis(base: Node, items: list[str], dim: int) -> Node:
+    items = items + [":"] * (dim - len(items))
+    items.insert(dim, "None")
+    return Index(base, tuple(map(Raw, items)))
 
 
 def skeleton(node: object, numbers: list[Num]) -> object:

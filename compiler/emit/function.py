@@ -13,21 +13,24 @@ from p2bw.compiler.emit.expr import (
     WIDTH,
     Attr,
     Call,
+    Index,
     Node,
     Own,
     Raw,
     Ref,
     Seq,
+    Unary,
     flat,
     lay_out,
     rebuild,
     refs,
+    short,
     walk,
     with_refs,
 )
 from p2bw.compiler.emit.loops import Line, find_loops
 from p2bw.compiler.emit.names import identifier
-from p2bw.compiler.emit.tree import Body, Module, Statement, Value
+from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Value
 from p2bw.compiler.program import TensorType
 
 _LENGTH = 72  # of an expression with others written into it
@@ -102,7 +105,38 @@ class Function:
         single = len(results) == 1 and len(pending) == 1 and not pending[0].statement.context
         if single and pending[0].statement.targets == self.body.results:
             results = [pending.pop().statement.expr]
+        if not pending and done and self._returns_all(done[-1]):
+            results = [done.pop().statement.expr]
+        elif not single:
+            pending, results = self._returned(pending, results)
         return [*done, *pending], results
+
+    def _returned(self, pending: list[Line], results: list[Node]) -> tuple[list[Line], list[Node]]:
+        """The pending values that are the last results written into what is returned."""
+        count = 0
+        while count < len(pending) and not pending[-1 - count].statement.context:
+            tail = pending[len(pending) - count - 1 :]
+            targets = tuple(line.statement.targets[0] for line in tail)
+            if targets != self.body.results[len(results) - len(tail) :]:
+                break
+            returned = Seq("()", (*results[: -len(tail)], *(line.statement.expr for line in tail)))
+            if not self._is_readable(Statement((), returned), returned):
+                break
+            count += 1
+        kept = pending[: len(pending) - count]
+        tail = pending[len(pending) - count :]
+        return kept, [*results[: len(results) - count], *(line.statement.expr for line in tail)]
+
+    def _returns_all(self, line: Line) -> bool:
+        """Whether a call of a module gives the results of this forward, in order."""
+        statement = line.statement
+        if line.loop or statement.context or statement.targets != self.body.results:
+            return False
+        match statement.expr:
+            case Call(Own(path), _, _):
+                module = self.module.find(path)
+                return module is not None and module.kind is Kind.CLASS
+        return False
 
     def _absorb(self, line: Line, pending: list[Line]) -> tuple[Line, list[Line], list[Line]]:
         """The line with the last pending values written into it; what it forces out; the rest."""
@@ -110,6 +144,7 @@ class Function:
         reads = [index for index in refs(line.statement.expr) if index in waiting]
         if line.statement.augmented:
             reads = reads[1:] if reads and _receiver(line.statement) == reads[0] else reads
+        pending = _as_read(pending, reads)
         count = 0
         while count < min(len(reads), len(pending)):
             if pending[-1 - count].statement.targets[0] != reads[-1 - count]:
@@ -123,7 +158,7 @@ class Function:
             def fill(index: int, inside: dict[int | None, Node] = inside) -> Node:
                 return inside.get(index, Ref(index))
 
-            expr = with_refs(line.statement.expr, fill)
+            expr = short(with_refs(line.statement.expr, fill))
             if count == 0 or self._is_readable(line.statement, expr):
                 break
             count -= 1
@@ -158,9 +193,7 @@ class Function:
         if line.loop or statement.forced or statement.augmented or len(statement.targets) != 1:
             return False
         target = statement.targets[0]
-        if target is None or uses[target] != 1:
-            return False
-        return len(self.body.results) == 1 or target not in self.body.results
+        return target is not None and uses[target] == 1
 
     # Names.
 
@@ -202,6 +235,9 @@ class Function:
         line = f"    def {name}({', '.join(['self', *arguments])}) -> {returned}:"
         if len(line) <= WIDTH:
             return [line]
+        together = f"        {', '.join(['self', *arguments])}"
+        if len(together) <= WIDTH:
+            return [f"    def {name}(", together, f"    ) -> {returned}:"]
         inner = [f"        {argument}," for argument in ["self", *arguments]]
         return [f"    def {name}(", *inner, f"    ) -> {returned}:"]
 
@@ -320,6 +356,47 @@ class Function:
         if len(flat_text) <= WIDTH:
             return [flat_text]
         return lay_out("return ", Seq("()", tuple(map(self._named, results))), 8)
+
+
+def _as_read(pending: list[Line], reads: list[int]) -> list[Line]:
+    """The pending values in the order in which they are read, where theirs does not matter.
+
+    What depends on no tensor, like a range of positions, may be made at any time. Two slices of
+    one tensor that do not overlap may be taken in any order: they compute nothing, and no element
+    of the tensor gets a gradient from both.
+    """
+    order = list(pending)
+    for index, read in enumerate(reads):
+        line = next(line for line in order if line.statement.targets[0] == read)
+        if _is_range(line):
+            order.remove(line)
+            after = [i for i, p in enumerate(order) if p.statement.targets[0] in reads[index + 1 :]]
+            order.insert(after[0] if after else len(order), line)
+    pending = order
+    if len(pending) < 2 or len(reads) < 2:
+        return pending
+    *rest, first, second = pending
+    if [first.statement.targets[0], second.statement.targets[0]] != [reads[-1], reads[-2]]:
+        return pending
+    return [*rest, second, first] if _are_halves(first, second) else pending
+
+
+def _is_range(line: Line) -> bool:
+    match line.statement.expr:
+        case Call(Raw("torch.arange"), _, _):
+            return not line.statement.context
+    return False
+
+
+def _are_halves(first: Line, second: Line) -> bool:
+    """x[..., :k] and x[..., k:], or -x[..., k:]."""
+    one, two = first.statement.expr, second.statement.expr
+    two = two.operand if isinstance(two, Unary) else two
+    match one, two:
+        case Index(Ref(a), (*before, Raw(low))), Index(Ref(b), (*after, Raw(high))):
+            split = low.removeprefix(":")
+            return a == b and before == after and split.isdecimal() and high == f"{split}:"
+    return False
 
 
 def _is_numbered(call: Call) -> bool:

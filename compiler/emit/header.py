@@ -21,7 +21,7 @@ class Wire:
     name: str
     type: TensorType
     bytes: int
-    peer: int
+    peers: tuple[int, ...]
     passed_on: bool = False  # sent as it was received
 
 
@@ -61,15 +61,18 @@ def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeade
     def wires(
         transfers: Iterable[TransferSpec], passed_on: Collection[str] = ()
     ) -> tuple[Wire, ...]:
+        of_tensor: dict[str, list[TransferSpec]] = {}
+        for transfer in transfers:
+            of_tensor.setdefault(transfer.tensor, []).append(transfer)
         return tuple(
             Wire(
-                name=names.get(t.tensor, t.tensor),
-                type=TensorType(t.shape, getattr(torch, t.dtype)),
-                bytes=t.bytes,
-                peer=t.peer,
-                passed_on=t.tensor in passed_on,
+                name=names.get(tensor, tensor),
+                type=TensorType(found[0].shape, getattr(torch, found[0].dtype)),
+                bytes=found[0].bytes,
+                peers=tuple(transfer.peer for transfer in found),
+                passed_on=tensor in passed_on,
             )
-            for t in transfers
+            for tensor, found in of_tensor.items()
         )
 
     return StageHeader(
@@ -111,21 +114,21 @@ def format_header(header: StageHeader) -> str:
     parts = " + ".join(
         f"{kind} {data(amount)}".replace(" ", _TIE) for kind, amount in header.memory if amount
     )
-    rows += [
-        ("memory", f"{data(total)} of {data(header.memory_limit)}"),
-        *(("", line.replace(_TIE, " ")) for line in wrapped(f"= {parts}", WIDTH - 12)),
-    ]
+    memory = f"{data(total)} of {data(header.memory_limit)} = {parts}"
+    first, *more = (line.replace(_TIE, " ") for line in wrapped(memory, WIDTH - 12))
+    rows += [("memory", first), *(("", line) for line in more)]
     table = [f"{name:<10}  {text}".rstrip() for name, text in rows]
     wires = [line for wire in header.receives for line in _wire("receives", wire, "from")]
     wires += [line for wire in header.sends for line in _wire("sends", wire, "to")]
     opaque = [*_opaque(header)]
+    needs = "Imports torch, and p2bw for your own modules" if opaque else "Imports only torch"
+    needs += "; yours to change."
     lines = [*_title(header), "", *table, "", *opaque, *([""] if opaque else []), *wires]
     lines += [
         *([""] if wires else []),
-        f"Written by p2bw {plain(header.version)} from {plain(header.origin)}.",
-        "Imports torch, and p2bw for your own modules; yours to read, change and run."
-        if header.opaque
-        else "Imports only torch; yours to read, change and run.",
+        *wrapped(
+            f"Written by p2bw {plain(header.version)} from {plain(header.origin)}. {needs}", WIDTH
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -148,7 +151,7 @@ def _title(header: StageHeader) -> list[str]:
     ranks = ", ".join(map(str, header.devices[:8])) + (", ..." if len(header.devices) > 8 else "")
     where = f"on rank{'s' if len(header.devices) > 1 else ''} {ranks}" if header.devices else ""
     first = f"{place}: {plain(header.model)} {where}".rstrip() + "."
-    held = spans(_outermost(header.modules), width=300)
+    held = spans(_outermost(header.modules), width=2 * WIDTH - 40)
     return [first, *(["", *wrapped(held, WIDTH)] if held else [])]
 
 
@@ -158,6 +161,7 @@ def _outermost(modules: Sequence[str]) -> list[str]:
 
 def _wire(verb: str, wire: Wire, direction: str) -> list[str]:
     way = f"passed on {direction}" if wire.passed_on else direction
-    text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {way} stage {wire.peer}"
+    stages = f"stage{'s' if len(wire.peers) > 1 else ''} {', '.join(map(str, wire.peers))}"
+    text = f"{wire.name}: {wire.type}, {data(wire.bytes)} {way} {stages}"
     first, *more = wrapped(text, WIDTH - 12)
     return [f"{verb:<10}  {first}", *(f"{'':<10}  {line}" for line in more)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from p2bw.compiler.emit.expr import Attr, Call, Index, Node, Own, Ref, refs
+from p2bw.compiler.emit.expr import Attr, Binary, Call, Index, Node, Own, Ref, refs
 from p2bw.compiler.emit.op import Op
 from p2bw.compiler.emit.tree import Body, Module, Statement, Value
 from p2bw.compiler.program import TensorType
@@ -56,6 +56,8 @@ def base_name(op: Op, expr: Node, body: Body) -> str:
         return "loss"
     if out.dtype == torch.bool:
         return "mask"
+    if base == "unsqueeze" and not out.dtype.is_floating_point:
+        return _axis(out) or inherited(expr, body, out)
     if base in OPERATOR_NAMES:
         return OPERATOR_NAMES[base]
     if base in _ARITHMETIC and out.dtype.is_floating_point:
@@ -63,6 +65,14 @@ def base_name(op: Op, expr: Node, body: Body) -> str:
         same = [value.hint for value in operands if value.type == out]
         return same[0] if same else "x"
     return inherited(expr, body, out)
+
+
+def _axis(kind: TensorType) -> str:
+    """What numbers along one of four axes are called, which is how masks of attention are made."""
+    long = [axis for axis, size in enumerate(kind.shape) if size != 1]
+    if len(kind.shape) != 4 or len(long) != 1:
+        return ""
+    return ("batch", "heads", "rows", "columns")[long[0]]
 
 
 def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
@@ -151,6 +161,8 @@ def _name_back(
             return
         match statement.expr:
             case Call(Attr(Ref(before), _), _, _) | Index(Ref(before), _):
+                index = before
+            case Binary(_, Ref(before), _) if body.values[before].type == body.values[index].type:
                 index = before
             case Call(Own(), (Ref(before), *_), _) if _TRANSPARENT.search(str(statement.expr.func)):
                 index = before

@@ -8,11 +8,11 @@ order of random numbers and in-place updates nor the order in which gradients ar
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import fx
 
+from p2bw.compiler.emit.identity import mutated, returned_argument
 from p2bw.compiler.program import Program, Scope, TensorType, tensor_arguments
 from p2bw.compiler.split import StageGraph
 
@@ -80,6 +80,7 @@ def survey(program: Program) -> Survey:
 
 def _survey(program: Program) -> Survey:
     found = Survey({}, {}, {})
+    written = mutated(program)
     absorbed = {node for node in program.compute_nodes if _is_part_of_loss(program, node)}
     for node in program.compute_nodes:
         if node in absorbed or (node.target is operator.getitem and node.args[0] in absorbed):
@@ -93,8 +94,8 @@ def _survey(program: Program) -> Survey:
                 found.same[node] = parts[index]
             else:
                 parts[index] = node
-        elif _returns_argument(program, node):
-            found.same[node] = tensor_arguments(node)[0]
+        elif argument := returned_argument(program, node, written):
+            found.same[node] = argument
         if is_silent(node) or node in found.same:
             continue
         for scope in program.facts[node.name].scopes:
@@ -138,22 +139,6 @@ def is_silent(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
     return str(getattr(node.target, "_opname", "")).startswith(_CHECKS)
-
-
-def _returns_argument(program: Program, node: fx.Node) -> bool:
-    """Whether the call hands back its very argument: `x.to(dtype)` of a dtype that x has."""
-    target: Any = node.target
-    name = f"{getattr(target, '_opname', '')}.{getattr(target, '_overloadname', '')}"
-    if name not in ("to.dtype", "to.dtype_layout", "to.device"):
-        return False
-    arguments = tensor_arguments(node)
-    names = [a.name for a in target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if given.get("copy") or given.get("memory_format") is not None or len(arguments) != 1:
-        return False
-    if arguments[0].op == "get_attr":
-        return False  # a parameter itself is no value to send
-    return program.facts[node.name].out == program.facts[arguments[0].name].out
 
 
 @dataclass(slots=True)

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from p2bw.compiler.emit.classes import Class, Classes
-from p2bw.compiler.emit.comments import docstring, plain, spans
+from p2bw.compiler.emit.comments import plain, spans
 from p2bw.compiler.emit.expr import (
+    WIDTH,
     Call,
     Dict,
     Node,
@@ -73,11 +74,7 @@ class Writer:
             function = Function(body, self.module, types, self._resolve, label)
             forwards += ["", *function.lines("forward" if index == 0 else f"forward_{index + 1}")]
         init = self._init(ties)
-        docstring = self._docstring()
-        head = [f"class {self.cls.name}(nn.Module):", *docstring]
-        if docstring and (init or forwards):
-            head.append("")
-        return [*head, *(init or []), *(forwards if init else forwards[1:])]
+        return [*self._head(), *(init or []), *(forwards if init else forwards[1:])]
 
     # Numbers that instances differ in.
 
@@ -197,7 +194,10 @@ class Writer:
             (name, self._built(child, more, access(module, name, text)))
             for name, child in module.children.items()
         ]
-        return self._collection(module, built)
+        made = self._collection(module, built)
+        if module.kind is Kind.HOLDER and not module.is_list and len(text) + len(flat(made)) > 89:
+            return self._long_dict(built, more, text)
+        return made
 
     def _collection(self, module: Module, built: list[tuple[str, Node]]) -> Node:
         items = tuple(expr for _, expr in built)
@@ -217,7 +217,7 @@ class Writer:
                 else:
                     listed += [expr for _, expr in run]
             return call("nn.ModuleList", Seq("[]", tuple(listed)))
-        each = [f"{{str(i): {flat(run[0][1])} for i in {_range(run)}}}" for run in runs]
+        each = [_comprehension(run) for run in runs]
         if len(runs) == 1 and len(built) > 1:
             return call("nn.ModuleDict", Raw(each[0]))
         pairs: list[tuple[str, Node]] = []
@@ -225,24 +225,36 @@ class Writer:
             pairs += [("", Raw(f"**{text}"))] if len(run) > 2 else [(quoted(n), e) for n, e in run]
         return call("nn.ModuleDict", Dict(tuple(pairs)))
 
+    def _long_dict(self, built: list[tuple[str, Node]], more: list[str], text: str) -> Node:
+        """A ModuleDict of layers that are not all alike, filled run by run."""
+        first, *rest = _runs(built)
+        for run in rest:
+            if len(run) > 2:
+                more.append(f"        {text}.update({_comprehension(run)})")
+            else:
+                more += [f"        {text}[{quoted(name)}] = {flat(expr)}" for name, expr in run]
+        if len(first) > 2:
+            return call("nn.ModuleDict", Raw(_comprehension(first)))
+        return call("nn.ModuleDict", Dict(tuple((quoted(name), expr) for name, expr in first)))
+
     # Words.
 
-    def _docstring(self) -> list[str]:
+    def _head(self) -> list[str]:
+        """The class statement and a comment on what in the user's model it is."""
+        line = f"class {self.cls.name}(nn.Module):"
         if self.cls.name == "Stage":
-            return []
-        paths = [module.path for module in self.cls.instances]
-        where = spans(list(dict.fromkeys(paths)), width=60)
+            return [line]
         part = ""
         if not self.module.whole:
-            part = (
-                "The beginning of "
-                if self.module.opens
-                else "The end of "
-                if self.module.closes
-                else "The middle of "
-            )
+            which = "beginning" if self.module.opens else "end" if self.module.closes else "middle"
+            part = f"the {which} of "
         source = f" ({plain(self.module.source)})" if self.module.source else ""
-        return docstring(f"{part}{where}{source}.", 4)
+        paths = list(dict.fromkeys(module.path for module in self.cls.instances))
+        room = WIDTH - len(f"{line}  # {part}, and 999 more{source}")
+        comment = f"# {part}{spans(paths, width=room)}{source}"
+        if len(line) + 2 + len(comment) <= WIDTH:
+            return [f"{line}  {comment}"]
+        return [comment[:WIDTH], line]
 
 
 Built = list[tuple[str, Node]]  # modules of a container by name
@@ -259,6 +271,10 @@ def _runs(built: Built) -> list[Built]:
         else:
             runs.append([(name, expr)])
     return runs
+
+
+def _comprehension(run: Built) -> str:
+    return f"{{str(i): {flat(run[0][1])} for i in {_range(run)}}}"
 
 
 def _range(run: Built) -> str:

@@ -1,6 +1,7 @@
 """What a region is to become: its inputs, and whether it is a chain or best written out."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -15,6 +16,14 @@ class Shapes:
 
     layout: Layout
     attributes: Attributes
+    parents: dict[int, Region] = field(default_factory=dict)  # by identity of the region
+
+    def __post_init__(self) -> None:
+        waiting = [self.layout.root]
+        for region in waiting:
+            below = [item for item in region.items if isinstance(item, Region)]
+            self.parents.update((id(item), region) for item in below)
+            waiting += below
 
     def is_chain(self, region: Region) -> bool:
         """Whether a region is a Sequential's: each child called once, on what the last gave."""
@@ -69,11 +78,37 @@ class Shapes:
             return True
         if owner.kind is Kind.SEQUENTIAL or (known and known.kind is Kind.CLASS):
             return False
+        if not region.whole and self._is_minor(region):
+            return True
         if all(isinstance(item, Region) and _number_below(region, item) for item in region.items):
             return True  # a container: its modules are called from outside
         # A function in the shape of a module, like an activation.
         bare = len(region.items) == 1 and isinstance(region.items[0], fx.Node)
         return bare and all(self.attributes.owned(region.path, value) is None for value in reads)
+
+    def _is_minor(self, region: Region) -> bool:
+        """Whether a part of a module says no more by a class of its own.
+
+        It has no parameter and is no layer, it is all that there is of the module around it, it
+        only calls layers, or it is a part of a part of a layer.
+        """
+        reads = (value for node in region.nodes() for value in self.layout.reads(node))
+        calls = any(isinstance(item, Region) for item in region.items)
+        if all(value.op != "get_attr" for value in reads) and not (_is_numbered(region) and calls):
+            return True
+        layers = all(isinstance(item, Region) and _is_numbered(item) for item in region.items)
+        if self.parents[id(region)].items == [region] or (layers and not _is_numbered(region)):
+            return True
+        return not _is_numbered(region) and any(map(_is_numbered, self._parts_around(region)))
+
+    def _parts_around(self, region: Region) -> Iterator[Region]:
+        while (region := self.parents[id(region)]) is not self.layout.root:
+            if not region.whole:
+                yield region
+
+
+def _is_numbered(region: Region) -> bool:
+    return region.path.rpartition(".")[2].isdecimal()
 
 
 def _number_below(region: Region, item: Region) -> bool:

@@ -11,10 +11,10 @@ memory      1004 MiB of 16.0 GiB
             buffers 25.5 KiB + transient 36.0 KiB + reserve 1004 MiB
 
 sends       model_expand: bool[2, 1, 16, 16], 512 B to stage 1
+sends       model_rotary_emb_to_3: f32[1, 16, 8], 512 B to stage 1
+sends       model_rotary_emb_to_4: f32[1, 16, 8], 512 B to stage 1
 sends       model_layers_0_post_attention_layernorm_to: f32[2, 16, 32], 4.00 KiB to stage 1
 sends       model_layers_0_mlp: f32[2, 16, 32], 4.00 KiB to stage 1
-sends       model_layers_1_self_attn_unsqueeze: f32[1, 1, 16, 8], 512 B to stage 1
-sends       model_layers_1_self_attn_unsqueeze_2: f32[1, 1, 16, 8], 512 B to stage 1
 
 Written by p2bw 0.1.0 from examples/hf_llama.py:tiny.
 Imports only torch; yours to read, change and run.
@@ -111,27 +111,6 @@ class LlamaDecoderLayerHead(nn.Module):
         return x, mlp
 
 
-class LlamaAttentionMiddle(nn.Module):
-    """The middle of model.layers.1.self_attn (modeling_llama.py:145)."""
-
-    def forward(self, x: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.unsqueeze(1)  # f32[1, 1, 16, 8]
-        y = x2.unsqueeze(1)
-        return x, y
-
-
-class LlamaDecoderLayerMiddle(nn.Module):
-    """The middle of model.layers.1 (modeling_llama.py:145)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn = LlamaAttentionMiddle()
-
-    def forward(self, x: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = self.self_attn(x, x2)  # f32[1, 1, 16, 8] each
-        return x, y
-
-
 class LlamaModelHead(nn.Module):
     """The beginning of model (modeling_llama.py:370)."""
 
@@ -139,7 +118,7 @@ class LlamaModelHead(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(64, 32)
         self.rotary_emb = LlamaRotaryEmbedding()
-        self.layers = nn.ModuleList([LlamaDecoderLayerHead(), LlamaDecoderLayerMiddle()])
+        self.layers = nn.ModuleList([LlamaDecoderLayerHead()])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         embed_tokens = self.embed_tokens(input_ids)  # f32[2, 16, 32]
@@ -156,8 +135,7 @@ class LlamaModelHead(nn.Module):
         with torch.no_grad():
             x, y = self.rotary_emb(positions)  # f32[1, 16, 8] each
         z, mlp = self.layers[0](embed_tokens, x, y, mask)  # f32[2, 16, 32] each
-        x, y = self.layers[1](x, y)  # f32[1, 1, 16, 8] each
-        return mask, z, mlp, x, y
+        return mask, x, y, z, mlp
 
 
 class Stage(nn.Module):
@@ -168,15 +146,15 @@ class Stage(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         (
             model_expand,
+            model_rotary_emb_mul_2,
+            model_rotary_emb,
             model_layers_0_add,
             model_layers_0_mlp,
-            model_layers_1_self_attn_unsqueeze,
-            model_layers_1_self_attn_unsqueeze_2,
         ) = self.model(input_ids, attention_mask)
         return (
             model_expand,
+            model_rotary_emb_mul_2,
+            model_rotary_emb,
             model_layers_0_add,
             model_layers_0_mlp,
-            model_layers_1_self_attn_unsqueeze,
-            model_layers_1_self_attn_unsqueeze_2,
         )

@@ -1,21 +1,19 @@
 """Stage 1 of 2: LlamaForCausalLM on rank 1.
 
-model.layers.1.input_layernorm, model.layers.1.self_attn.q_proj, model.layers.1.self_attn.k_proj,
-model.layers.1.self_attn.v_proj, model.layers.1.self_attn.o_proj,
-model.layers.1.post_attention_layernorm, model.layers.1.mlp, model.norm, lm_head
+model.layers.1, model.norm, lm_head
 
 parameters  14.4 k
 forward     236 us, 983 kFLOP
 backward    256 us, 1.97 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB
-            = weights 113 KiB + gradients 56.4 KiB + optimizer 113 KiB + stash 120 KiB +
+            = weights 113 KiB + gradients 56.4 KiB + optimizer 113 KiB + stash 119 KiB +
             buffers 27.0 KiB + transient 36.0 KiB + reserve 1004 MiB
 
 receives    model_expand: bool[2, 1, 16, 16], 512 B from stage 0
+receives    model_rotary_emb_to_3: f32[1, 16, 8], 512 B from stage 0
+receives    model_rotary_emb_to_4: f32[1, 16, 8], 512 B from stage 0
 receives    model_layers_0_post_attention_layernorm_to: f32[2, 16, 32], 4.00 KiB from stage 0
 receives    model_layers_0_mlp: f32[2, 16, 32], 4.00 KiB from stage 0
-receives    model_layers_1_self_attn_unsqueeze: f32[1, 1, 16, 8], 512 B from stage 0
-receives    model_layers_1_self_attn_unsqueeze_2: f32[1, 1, 16, 8], 512 B from stage 0
 
 Written by p2bw 0.1.0 from examples/hf_llama.py:tiny.
 Imports only torch; yours to read, change and run.
@@ -37,8 +35,8 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())  # f32[2, 16, 32]
 
 
-class LlamaAttentionHead(nn.Module):
-    """The beginning of model.layers.1.self_attn (modeling_llama.py:243)."""
+class LlamaAttention(nn.Module):
+    """model.layers.1.self_attn (modeling_llama.py:243)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +49,16 @@ class LlamaAttentionHead(nn.Module):
         q_proj = self.q_proj(x).view(2, 16, -1, 8).transpose(1, 2)  # f32[2, 4, 16, 8]
         k_proj = self.k_proj(x).view(2, 16, -1, 8).transpose(1, 2)  # f32[2, 2, 16, 8]
         v = self.v_proj(x).view(2, 16, -1, 8).transpose(1, 2)
-        x = q_proj * x2  # f32[2, 4, 16, 8]
+        x = x2.unsqueeze(1)  # f32[1, 1, 16, 8]
+        y = x3.unsqueeze(1)
+        z = q_proj * x  # f32[2, 4, 16, 8]
         q_proj2 = q_proj[..., :4]  # f32[2, 4, 16, 4]
         q_proj = -q_proj[..., 4:]
-        q = x + torch.cat((q_proj, q_proj2), dim=-1) * x3  # f32[2, 4, 16, 8]
-        x = k_proj * x2  # f32[2, 2, 16, 8]
+        q = z + torch.cat((q_proj, q_proj2), dim=-1) * y  # f32[2, 4, 16, 8]
+        x = k_proj * x  # f32[2, 2, 16, 8]
         k_proj2 = k_proj[..., :4]  # f32[2, 2, 16, 4]
         k_proj = -k_proj[..., 4:]
-        k = (x + torch.cat((k_proj, k_proj2), dim=-1) * x3).unsqueeze(2)  # f32[2, 2, 1, 16, 8]
+        k = (x + torch.cat((k_proj, k_proj2), dim=-1) * y).unsqueeze(2)  # f32[2, 2, 1, 16, 8]
         k = k.expand(2, 2, 2, 16, 8).reshape(2, 4, 16, 8)  # f32[2, 4, 16, 8]
         v = v.unsqueeze(2).expand(2, 2, 2, 16, 8).reshape(2, 4, 16, 8)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3535533905932738)
@@ -78,13 +78,13 @@ class LlamaMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # f32[2, 16, 32]
 
 
-class LlamaDecoderLayerHead(nn.Module):
-    """The beginning of model.layers.1 (modeling_llama.py:64)."""
+class LlamaDecoderLayer(nn.Module):
+    """model.layers.1 (modeling_llama.py:64)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.input_layernorm = LlamaRMSNorm()
-        self.self_attn = LlamaAttentionHead()
+        self.self_attn = LlamaAttention()
         self.post_attention_layernorm = LlamaRMSNorm()
         self.mlp = LlamaMLP()
 
@@ -98,7 +98,7 @@ class LlamaModelTail(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({"1": LlamaDecoderLayerHead()})
+        self.layers = nn.ModuleDict({"1": LlamaDecoderLayer()})
         self.norm = LlamaRMSNorm()
 
     def forward(self, x: Tensor, x2: Tensor, x3: Tensor, x4: Tensor, mask: Tensor) -> Tensor:
@@ -115,16 +115,16 @@ class Stage(nn.Module):
         self,
         labels: Tensor,
         model_expand: Tensor,
+        model_rotary_emb_to_3: Tensor,
+        model_rotary_emb_to_4: Tensor,
         model_layers_0_post_attention_layernorm_to: Tensor,
         model_layers_0_mlp: Tensor,
-        model_layers_1_self_attn_unsqueeze: Tensor,
-        model_layers_1_self_attn_unsqueeze_2: Tensor,
     ) -> Tensor:
         model = self.model(
             model_layers_0_post_attention_layernorm_to,
             model_layers_0_mlp,
-            model_layers_1_self_attn_unsqueeze,
-            model_layers_1_self_attn_unsqueeze_2,
+            model_rotary_emb_to_3,
+            model_rotary_emb_to_4,
             model_expand,
         )  # f32[2, 16, 32]
         lm_head = self.lm_head(model[:])  # f32[2, 16, 64]
