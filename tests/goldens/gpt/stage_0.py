@@ -5,15 +5,13 @@ wte, wpe, drop, h.0, h.1.ln_1, h.1.attn, h.1.ln_2, h.1.mlp
 parameters  120 k
 forward     156 us, 29.4 MFLOP
 backward    166 us, 58.7 MFLOP, busy 97.0 % of the period
-memory      1012 MiB of 16.0 GiB
-            = weights 941 KiB + gradients 470 KiB + optimizer 941 KiB + stash 5.73 MiB +
-            buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
+memory      1012 MiB of 16.0 GiB = weights 941 KiB + gradients 470 KiB + optimizer 941 KiB +
+            stash 5.73 MiB + buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
 
-sends       h_1_add: f32[2, 64, 64], 32.0 KiB to stage 1
-sends       h_1_mlp: f32[2, 64, 64], 32.0 KiB to stage 1
+sends       x_1_add: f32[2, 64, 64], 32.0 KiB to stage 1
+sends       x_1_mlp: f32[2, 64, 64], 32.0 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/gpt.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/gpt.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -21,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Attention(nn.Module):
-    """h.0.attn .. h.1.attn (gpt.py:51)."""
-
+class Attention(nn.Module):  # h.0-1.attn (gpt.py:51)
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(64, 192)
@@ -39,9 +35,7 @@ class Attention(nn.Module):
         return self.drop(self.proj(y.transpose(1, 2).reshape(2, 64, 64)))  # f32[2, 64, 64]
 
 
-class MLP(nn.Module):
-    """h.0.mlp .. h.1.mlp (gpt.py:71)."""
-
+class MLP(nn.Module):  # h.0-1.mlp (gpt.py:71)
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(64, 256)
@@ -52,9 +46,7 @@ class MLP(nn.Module):
         return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))  # f32[2, 64, 64]
 
 
-class Block(nn.Module):
-    """h.0 (gpt.py:83)."""
-
+class Block(nn.Module):  # h.0 (gpt.py:83)
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(64)
@@ -67,9 +59,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class BlockHead(nn.Module):
-    """The beginning of h.1 (gpt.py:83)."""
-
+class BlockHead(nn.Module):  # the beginning of h.1 (gpt.py:83)
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(64)
@@ -79,8 +69,7 @@ class BlockHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attn(self.ln_1(x))  # f32[2, 64, 64]
-        mlp = self.mlp(self.ln_2(x))
-        return x, mlp
+        return x, self.mlp(self.ln_2(x))
 
 
 class Stage(nn.Module):
@@ -92,8 +81,6 @@ class Stage(nn.Module):
         self.h = nn.ModuleList([Block(), BlockHead()])
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(64, device=tokens.device)  # i64[64]
-        wte = self.wte(tokens)  # f32[2, 64, 64]
-        x = self.h[0](self.drop(wte + self.wpe(positions)))
-        h_1_add, h_1_mlp = self.h[1](x)
-        return h_1_add, h_1_mlp
+        x = self.wte(tokens) + self.wpe(torch.arange(64, device=tokens.device))  # f32[2, 64, 64]
+        x = self.h[0](self.drop(x))
+        return self.h[1](x)

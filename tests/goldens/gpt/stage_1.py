@@ -1,28 +1,24 @@
 """Stage 1 of 2: GPT on rank 1.
 
-h.2 .. h.3, ln_f, head, loss
+h.2-3, ln_f, head, loss
 
 parameters  116 k
 forward     156 us, 33.6 MFLOP
 backward    173 us, 67.1 MFLOP, busy 99.1 % of the period
-memory      1008 MiB of 16.0 GiB
-            = weights 910 KiB + gradients 455 KiB + optimizer 910 KiB + stash 2.13 MiB +
-            buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
+memory      1008 MiB of 16.0 GiB = weights 910 KiB + gradients 455 KiB + optimizer 910 KiB +
+            stash 2.13 MiB + buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
 
-receives    h_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
-receives    h_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0
+receives    x_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
+receives    x_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/gpt.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/gpt.py:tiny. Imports only torch; yours to change.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Attention(nn.Module):
-    """h.2.attn .. h.3.attn (gpt.py:51)."""
-
+class Attention(nn.Module):  # h.2-3.attn (gpt.py:51)
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(64, 192)
@@ -38,9 +34,7 @@ class Attention(nn.Module):
         return self.drop(self.proj(y.transpose(1, 2).reshape(2, 64, 64)))  # f32[2, 64, 64]
 
 
-class MLP(nn.Module):
-    """h.2.mlp .. h.3.mlp (gpt.py:71)."""
-
+class MLP(nn.Module):  # h.2-3.mlp (gpt.py:71)
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(64, 256)
@@ -51,9 +45,7 @@ class MLP(nn.Module):
         return self.drop(self.proj(F.gelu(self.fc(x), approximate="tanh")))  # f32[2, 64, 64]
 
 
-class Block(nn.Module):
-    """h.2 .. h.3 (gpt.py:83)."""
-
+class Block(nn.Module):  # h.2-3 (gpt.py:83)
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(64)
@@ -73,8 +65,8 @@ class Stage(nn.Module):
         self.ln_f = nn.LayerNorm(64)
         self.head = nn.Linear(64, 256, bias=False)
 
-    def forward(self, labels: Tensor, h_1_add: Tensor, h_1_mlp: Tensor) -> Tensor:
-        x = h_1_add + h_1_mlp  # f32[2, 64, 64]
+    def forward(self, labels: Tensor, x_1_add: Tensor, x_1_mlp: Tensor) -> Tensor:
+        x = x_1_add + x_1_mlp  # f32[2, 64, 64]
         for block in self.h.values():
             x = block(x)
         return F.cross_entropy(self.head(self.ln_f(x)).flatten(0, 1), labels.flatten())  # f32[]

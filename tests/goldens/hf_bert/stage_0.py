@@ -5,16 +5,14 @@ bert.embeddings, bert.encoder.layer.0.attention, bert.encoder.layer.0.intermedia
 parameters  11.2 k
 forward     150 us, 590 kFLOP
 backward    90.5 us, 1.18 MFLOP, busy 99.6 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 87.5 KiB + gradients 43.8 KiB + optimizer 87.5 KiB + stash 243 KiB +
-            buffers 60.8 KiB + transient 32.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 87.5 KiB + gradients 43.8 KiB + optimizer 87.5 KiB +
+            stash 243 KiB + buffers 60.8 KiB + transient 32.0 KiB + reserve 1004 MiB
 
-sends       bert_expand: bool[2, 1, 16, 16], 512 B to stage 1
-sends       bert_encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB to stage 1
-sends       bert_encoder_layer_0_intermediate: f32[2, 16, 128], 16.0 KiB to stage 1
+sends       mask: bool[2, 1, 16, 16], 512 B to stage 1
+sends       encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB to stage 1
+sends       encoder_layer_0_intermediate: f32[2, 16, 128], 16.0 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_bert.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_bert.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -22,20 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BertEmbeddings(nn.Module):
-    """bert.embeddings (modeling_bert.py:84)."""
-
+class BertEmbeddings(nn.Module):  # bert.embeddings (modeling_bert.py:84)
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer(
-            "position_ids",
-            torch.zeros(1, 16, dtype=torch.int64),
-            persistent=False,
+            "position_ids", torch.zeros(1, 16, dtype=torch.int64), persistent=False
         )
         self.register_buffer(
-            "token_type_ids",
-            torch.zeros(1, 16, dtype=torch.int64),
-            persistent=False,
+            "token_type_ids", torch.zeros(1, 16, dtype=torch.int64), persistent=False
         )
         self.word_embeddings = nn.Embedding(64, 32, padding_idx=0)
         self.token_type_embeddings = nn.Embedding(2, 32)
@@ -51,9 +43,7 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(x + self.position_embeddings(index)))
 
 
-class BertSelfAttention(nn.Module):
-    """bert.encoder.layer.0.attention.self (modeling_bert.py:175)."""
-
+class BertSelfAttention(nn.Module):  # bert.encoder.layer.0.attention.self (modeling_bert.py:175)
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(32, 32)
@@ -65,19 +55,12 @@ class BertSelfAttention(nn.Module):
         k = self.key(x).view(2, 16, -1, 8).transpose(1, 2)
         v = self.value(x).view(2, 16, -1, 8).transpose(1, 2)
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=0.1,
-            scale=0.3535533905932738,
+            q, k, v, attn_mask=mask, dropout_p=0.1, scale=0.3535533905932738
         )
-        return y.reshape(2, -1, 16, 8).transpose(1, 2).contiguous().reshape(2, 16, -1)
+        return y.transpose(1, 2).contiguous().reshape(2, 16, -1)  # f32[2, 16, 32]
 
 
-class BertSelfOutput(nn.Module):
-    """bert.encoder.layer.0.attention.output (modeling_bert.py:290)."""
-
+class BertSelfOutput(nn.Module):  # bert.encoder.layer.0.attention.output (modeling_bert.py:290)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 32)
@@ -88,9 +71,7 @@ class BertSelfOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + x2)  # f32[2, 16, 32]
 
 
-class BertAttention(nn.Module):
-    """bert.encoder.layer.0.attention (modeling_bert.py:175)."""
-
+class BertAttention(nn.Module):  # bert.encoder.layer.0.attention (modeling_bert.py:175)
     def __init__(self) -> None:
         super().__init__()
         self.self = BertSelfAttention()
@@ -100,9 +81,7 @@ class BertAttention(nn.Module):
         return self.output(self.self(x, mask), x)  # f32[2, 16, 32]
 
 
-class BertIntermediate(nn.Module):
-    """bert.encoder.layer.0.intermediate (modeling_bert.py:335)."""
-
+class BertIntermediate(nn.Module):  # bert.encoder.layer.0.intermediate (modeling_bert.py:335)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 128)
@@ -111,63 +90,22 @@ class BertIntermediate(nn.Module):
         return F.gelu(self.dense(x))  # f32[2, 16, 128]
 
 
-class BertLayerHead(nn.Module):
-    """The beginning of bert.encoder.layer.0 (modeling_bert.py:175)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = BertAttention()
-        self.intermediate = BertIntermediate()
-
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        attention = self.attention(x, mask)  # f32[2, 16, 32]
-        intermediate = self.intermediate(attention)  # f32[2, 16, 128]
-        return attention, intermediate
-
-
-class BertEncoderHead(nn.Module):
-    """The beginning of bert.encoder (modeling_bert.py:175)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList([BertLayerHead()])
-
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        attention, intermediate = self.layer[0](x, mask)
-        return attention, intermediate
-
-
-class BertModelHead(nn.Module):
-    """The beginning of bert (modeling_bert.py:84)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embeddings = BertEmbeddings()
-        self.encoder = BertEncoderHead()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings = self.embeddings(input_ids)  # f32[2, 16, 32]
-        mask = attention_mask.to(torch.bool)  # bool[2, 16]
-        positions = torch.arange(2, device=input_ids.device)  # i64[2]
-        positions2 = torch.arange(16, device=input_ids.device) + 0  # i64[16]
-        positions3 = torch.arange(16, device=input_ids.device) + 0
-        positions = positions.unsqueeze(1).unsqueeze(2).unsqueeze(3)  # i64[2, 1, 1, 1]
-        positions2 = positions2.unsqueeze(0).unsqueeze(1).unsqueeze(3)  # i64[1, 1, 16, 1]
-        positions3 = positions3.unsqueeze(0).unsqueeze(1).unsqueeze(2)  # i64[1, 1, 1, 16]
-        mask2 = positions2.new_ones((), dtype=torch.bool) & (positions2 >= 0)  # bool[1, 1, 16, 1]
-        mask = (mask2 & mask[positions, positions3]).expand(2, -1, 16, 16)  # bool[2, 1, 16, 16]
-        attention, intermediate = self.encoder(embeddings, mask)
-        return mask, attention, intermediate
-
-
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.bert = BertModelHead()
+        self.bert = nn.Module()
+        self.bert.embeddings = BertEmbeddings()
+        self.bert.encoder = nn.Module()
+        self.bert.encoder.layer = nn.ModuleList([nn.Module()])
+        self.bert.encoder.layer[0].attention = BertAttention()
+        self.bert.encoder.layer[0].intermediate = BertIntermediate()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bert_expand, bert_encoder_layer_0_attention, bert_encoder_layer_0_intermediate = self.bert(
-            input_ids,
-            attention_mask,
-        )
-        return bert_expand, bert_encoder_layer_0_attention, bert_encoder_layer_0_intermediate
+        embeddings = self.bert.embeddings(input_ids)  # f32[2, 16, 32]
+        mask = attention_mask.to(torch.bool)  # bool[2, 16]
+        batch = torch.arange(2, device=input_ids.device)[:, None, None, None]  # i64[2, 1, 1, 1]
+        rows = torch.arange(16, device=input_ids.device)[None, None, :, None]  # i64[1, 1, 16, 1]
+        columns = torch.arange(16, device=input_ids.device)[None, None, None]  # i64[1, 1, 1, 16]
+        mask = (rows >= 0) & mask[batch, columns]  # bool[2, 1, 16, 16]
+        attention = self.bert.encoder.layer[0].attention(embeddings, mask)  # f32[2, 16, 32]
+        return mask, attention, self.bert.encoder.layer[0].intermediate(attention)

@@ -5,25 +5,21 @@ bert.encoder.layer.0.output, bert.encoder.layer.1, cls
 parameters  20.1 k
 forward     121 us, 1.31 MFLOP
 backward    121 us, 2.62 MFLOP, busy 99.8 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 157 KiB + gradients 78.6 KiB + optimizer 157 KiB + stash 149 KiB +
-            buffers 61.0 KiB + transient 32.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 157 KiB + gradients 78.6 KiB + optimizer 157 KiB +
+            stash 149 KiB + buffers 61.0 KiB + transient 32.0 KiB + reserve 1004 MiB
 
-receives    bert_expand: bool[2, 1, 16, 16], 512 B from stage 0
-receives    bert_encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB from stage 0
-receives    bert_encoder_layer_0_intermediate: f32[2, 16, 128], 16.0 KiB from stage 0
+receives    mask: bool[2, 1, 16, 16], 512 B from stage 0
+receives    encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB from stage 0
+receives    encoder_layer_0_intermediate: f32[2, 16, 128], 16.0 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/hf_bert.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_bert.py:tiny. Imports only torch; yours to change.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BertOutput(nn.Module):
-    """bert.encoder.layer.0.output .. bert.encoder.layer.1.output (modeling_bert.py:348)."""
-
+class BertOutput(nn.Module):  # bert.encoder.layer.0-1.output (modeling_bert.py:348)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(128, 32)
@@ -34,9 +30,7 @@ class BertOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + x2)  # f32[2, 16, 32]
 
 
-class BertLayerTail(nn.Module):
-    """The end of bert.encoder.layer.0 (modeling_bert.py:348)."""
-
+class BertLayerTail(nn.Module):  # the end of bert.encoder.layer.0 (modeling_bert.py:348)
     def __init__(self) -> None:
         super().__init__()
         self.output = BertOutput()
@@ -45,9 +39,7 @@ class BertLayerTail(nn.Module):
         return self.output(x, x2)  # f32[2, 16, 32]
 
 
-class BertSelfAttention(nn.Module):
-    """bert.encoder.layer.1.attention.self (modeling_bert.py:175)."""
-
+class BertSelfAttention(nn.Module):  # bert.encoder.layer.1.attention.self (modeling_bert.py:175)
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(32, 32)
@@ -59,19 +51,12 @@ class BertSelfAttention(nn.Module):
         k = self.key(x).view(2, 16, -1, 8).transpose(1, 2)
         v = self.value(x).view(2, 16, -1, 8).transpose(1, 2)
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=0.1,
-            scale=0.3535533905932738,
+            q, k, v, attn_mask=mask, dropout_p=0.1, scale=0.3535533905932738
         )
-        return y.reshape(2, -1, 16, 8).transpose(1, 2).contiguous().reshape(2, 16, -1)
+        return y.transpose(1, 2).contiguous().reshape(2, 16, -1)  # f32[2, 16, 32]
 
 
-class BertSelfOutput(nn.Module):
-    """bert.encoder.layer.1.attention.output (modeling_bert.py:290)."""
-
+class BertSelfOutput(nn.Module):  # bert.encoder.layer.1.attention.output (modeling_bert.py:290)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 32)
@@ -82,9 +67,7 @@ class BertSelfOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + x2)  # f32[2, 16, 32]
 
 
-class BertAttention(nn.Module):
-    """bert.encoder.layer.1.attention (modeling_bert.py:175)."""
-
+class BertAttention(nn.Module):  # bert.encoder.layer.1.attention (modeling_bert.py:175)
     def __init__(self) -> None:
         super().__init__()
         self.self = BertSelfAttention()
@@ -94,9 +77,7 @@ class BertAttention(nn.Module):
         return self.output(self.self(x, mask), x)  # f32[2, 16, 32]
 
 
-class BertIntermediate(nn.Module):
-    """bert.encoder.layer.1.intermediate (modeling_bert.py:335)."""
-
+class BertIntermediate(nn.Module):  # bert.encoder.layer.1.intermediate (modeling_bert.py:335)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 128)
@@ -105,9 +86,7 @@ class BertIntermediate(nn.Module):
         return F.gelu(self.dense(x))  # f32[2, 16, 128]
 
 
-class BertLayer(nn.Module):
-    """bert.encoder.layer.1 (modeling_bert.py:175)."""
-
+class BertLayer(nn.Module):  # bert.encoder.layer.1 (modeling_bert.py:175)
     def __init__(self) -> None:
         super().__init__()
         self.attention = BertAttention()
@@ -119,32 +98,18 @@ class BertLayer(nn.Module):
         return self.output(self.intermediate(attention), attention)
 
 
-class BertEncoderTail(nn.Module):
-    """The end of bert.encoder (modeling_bert.py:348)."""
-
+class BertModelTail(nn.Module):  # the end of bert (modeling_bert.py:348)
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([BertLayerTail(), BertLayer()])
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList([BertLayerTail(), BertLayer()])
 
     def forward(self, x: Tensor, x2: Tensor, mask: Tensor) -> Tensor:
-        x = self.layer[0](x, x2)  # f32[2, 16, 32]
-        return self.layer[1](x, mask)
+        x = self.encoder.layer[0](x, x2)  # f32[2, 16, 32]
+        return self.encoder.layer[1](x, mask)
 
 
-class BertModelTail(nn.Module):
-    """The end of bert (modeling_bert.py:348)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = BertEncoderTail()
-
-    def forward(self, x: Tensor, x2: Tensor, mask: Tensor) -> Tensor:
-        return self.encoder(x, x2, mask)  # f32[2, 16, 32]
-
-
-class BertPredictionHeadTransform(nn.Module):
-    """cls.predictions.transform (modeling_bert.py:477)."""
-
+class BertPredictionHeadTransform(nn.Module):  # cls.predictions.transform (modeling_bert.py:477)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 32)
@@ -154,9 +119,7 @@ class BertPredictionHeadTransform(nn.Module):
         return self.LayerNorm(F.gelu(self.dense(x)))  # f32[2, 16, 32]
 
 
-class BertLMPredictionHead(nn.Module):
-    """cls.predictions (modeling_bert.py:477)."""
-
+class BertLMPredictionHead(nn.Module):  # cls.predictions (modeling_bert.py:477)
     def __init__(self) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform()
@@ -166,9 +129,7 @@ class BertLMPredictionHead(nn.Module):
         return self.decoder(self.transform(x))  # f32[2, 16, 64]
 
 
-class BertOnlyMLMHead(nn.Module):
-    """cls (modeling_bert.py:477)."""
-
+class BertOnlyMLMHead(nn.Module):  # cls (modeling_bert.py:477)
     def __init__(self) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead()
@@ -186,13 +147,9 @@ class Stage(nn.Module):
     def forward(
         self,
         labels: Tensor,
-        bert_expand: Tensor,
-        bert_encoder_layer_0_attention: Tensor,
-        bert_encoder_layer_0_intermediate: Tensor,
+        mask: Tensor,
+        encoder_layer_0_attention: Tensor,
+        encoder_layer_0_intermediate: Tensor,
     ) -> Tensor:
-        bert = self.bert(
-            bert_encoder_layer_0_intermediate,
-            bert_encoder_layer_0_attention,
-            bert_expand,
-        )  # f32[2, 16, 32]
+        bert = self.bert(encoder_layer_0_intermediate, encoder_layer_0_attention, mask)
         return F.cross_entropy(self.cls(bert).view(-1, 64), labels.view(-1))  # f32[]

@@ -6,17 +6,15 @@ loss
 parameters  18.9 k
 forward     141 us, 1.25 MFLOP
 backward    146 us, 2.49 MFLOP, busy 96.9 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 148 KiB + gradients 74.0 KiB + optimizer 148 KiB + stash 233 KiB +
-            buffers 109 KiB + transient 48.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 148 KiB + gradients 74.0 KiB + optimizer 148 KiB +
+            stash 233 KiB + buffers 109 KiB + transient 48.0 KiB + reserve 1004 MiB
 
-receives    transformer_expand_3: bool[2, 1, 16, 16], 512 B from stage 0
-receives    transformer_h_0_add: f32[2, 16, 32], 4.00 KiB from stage 0
-receives    transformer_h_0_mlp_act_mul: f32[2, 16, 128], 16.0 KiB from stage 0
-receives    transformer_h_0_mlp_act_tanh: f32[2, 16, 128], 16.0 KiB from stage 0
+receives    mask: bool[2, 1, 16, 16], 512 B from stage 0
+receives    h_0_add: f32[2, 16, 32], 4.00 KiB from stage 0
+receives    h_0_mlp_act_mul_3: f32[2, 16, 128], 16.0 KiB from stage 0
+receives    h_0_mlp_act_tanh: f32[2, 16, 128], 16.0 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/hf_gpt2.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_gpt2.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -24,16 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class NewGELUActivationTail(nn.Module):
-    """The end of transformer.h.0.mlp.act (activations.py:66)."""
-
-    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
-        return x2 * (x + 1.0)  # f32[2, 16, 128]
-
-
-class Conv1D(nn.Module):
-    """transformer.h.0.mlp.c_proj, transformer.h.1.attn.c_attn and 3 more (pytorch_utils.py:119)."""
-
+class Conv1D(nn.Module):  # transformer.h.0.mlp.c_proj and 4 more (pytorch_utils.py:119)
     def __init__(self, size: int, size2: int) -> None:
         super().__init__()
         self.size = size
@@ -46,33 +35,18 @@ class Conv1D(nn.Module):
         return y.view(2, 16, self.size2)
 
 
-class GPT2MLPTail(nn.Module):
-    """The end of transformer.h.0.mlp (activations.py:66)."""
-
+class GPT2BlockTail(nn.Module):  # the end of transformer.h.0 (activations.py:66)
     def __init__(self) -> None:
         super().__init__()
-        self.act = NewGELUActivationTail()
-        self.c_proj = Conv1D(size=128, size2=32)
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.act(x, x2)))  # f32[2, 16, 32]
-
-
-class GPT2BlockTail(nn.Module):
-    """The end of transformer.h.0 (activations.py:66)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = GPT2MLPTail()
+        self.mlp = nn.Module()
+        self.mlp.c_proj = Conv1D(size=128, size2=32)
+        self.mlp.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor, x2: Tensor, x3: Tensor) -> Tensor:
-        return x3 + self.mlp(x, x2)  # f32[2, 16, 32]
+        return x3 + self.mlp.dropout(self.mlp.c_proj(x2 * (x + 1.0)))  # f32[2, 16, 32]
 
 
-class GPT2Attention(nn.Module):
-    """transformer.h.1.attn (pytorch_utils.py:119)."""
-
+class GPT2Attention(nn.Module):  # transformer.h.1.attn (pytorch_utils.py:119)
     def __init__(self) -> None:
         super().__init__()
         self.c_attn = Conv1D(size=32, size2=96)
@@ -85,27 +59,18 @@ class GPT2Attention(nn.Module):
         v = v.view(2, 16, -1, 8).transpose(1, 2)
         q = q.view(2, 16, -1, 8).transpose(1, 2)
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=0.1,
-            scale=0.3535533905932738,
+            q, k, v, attn_mask=mask, dropout_p=0.1, scale=0.3535533905932738
         )
-        y = y.reshape(2, -1, 16, 8).transpose(1, 2).contiguous().reshape(2, 16, -1)
-        return self.resid_dropout(self.c_proj(y))
+        c_proj = self.c_proj(y.transpose(1, 2).contiguous().reshape(2, 16, -1))  # f32[2, 16, 32]
+        return self.resid_dropout(c_proj)
 
 
-class NewGELUActivation(nn.Module):
-    """transformer.h.1.mlp.act (activations.py:66)."""
-
+class NewGELUActivation(nn.Module):  # transformer.h.1.mlp.act (activations.py:66)
     def forward(self, x: Tensor) -> Tensor:
         return x * 0.5 * (((x + x**3.0 * 0.044715) * 0.7978845608028654).tanh() + 1.0)
 
 
-class GPT2MLP(nn.Module):
-    """transformer.h.1.mlp (pytorch_utils.py:119)."""
-
+class GPT2MLP(nn.Module):  # transformer.h.1.mlp (pytorch_utils.py:119)
     def __init__(self) -> None:
         super().__init__()
         self.c_fc = Conv1D(size=32, size2=128)
@@ -117,9 +82,7 @@ class GPT2MLP(nn.Module):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # f32[2, 16, 32]
 
 
-class GPT2Block(nn.Module):
-    """transformer.h.1 (modeling_gpt2.py:273)."""
-
+class GPT2Block(nn.Module):  # transformer.h.1 (modeling_gpt2.py:273)
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(32)
@@ -132,9 +95,7 @@ class GPT2Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2ModelTail(nn.Module):
-    """The end of transformer (activations.py:66)."""
-
+class GPT2ModelTail(nn.Module):  # the end of transformer (activations.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.h = nn.ModuleList([GPT2BlockTail(), GPT2Block()])
@@ -142,7 +103,7 @@ class GPT2ModelTail(nn.Module):
 
     def forward(self, x: Tensor, x2: Tensor, x3: Tensor, mask: Tensor) -> Tensor:
         x = self.h[0](x, x2, x3)  # f32[2, 16, 32]
-        return self.ln_f(self.h[1](x, mask)).view(-1, 16, 32)
+        return self.ln_f(self.h[1](x, mask))
 
 
 class Stage(nn.Module):
@@ -154,16 +115,11 @@ class Stage(nn.Module):
     def forward(
         self,
         labels: Tensor,
-        transformer_expand_3: Tensor,
-        transformer_h_0_add: Tensor,
-        transformer_h_0_mlp_act_mul: Tensor,
-        transformer_h_0_mlp_act_tanh: Tensor,
+        mask: Tensor,
+        h_0_add: Tensor,
+        h_0_mlp_act_mul_3: Tensor,
+        h_0_mlp_act_tanh: Tensor,
     ) -> Tensor:
-        transformer = self.transformer(
-            transformer_h_0_mlp_act_tanh,
-            transformer_h_0_mlp_act_mul,
-            transformer_h_0_add,
-            transformer_expand_3,
-        )  # f32[2, 16, 32]
-        lm_head = self.lm_head(transformer[:]).flatten(0, 1)  # f32[32, 64]
+        transformer = self.transformer(h_0_mlp_act_tanh, h_0_mlp_act_mul_3, h_0_add, mask)
+        lm_head = self.lm_head(transformer).flatten(0, 1)  # f32[32, 64]
         return F.cross_entropy(lm_head, labels.flatten())  # f32[]

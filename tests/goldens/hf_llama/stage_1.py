@@ -5,18 +5,16 @@ model.layers.1, model.norm, lm_head
 parameters  14.4 k
 forward     236 us, 983 kFLOP
 backward    256 us, 1.97 MFLOP, busy 99.9 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 113 KiB + gradients 56.4 KiB + optimizer 113 KiB + stash 119 KiB +
-            buffers 27.0 KiB + transient 36.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 113 KiB + gradients 56.4 KiB + optimizer 113 KiB +
+            stash 119 KiB + buffers 27.0 KiB + transient 36.0 KiB + reserve 1004 MiB
 
-receives    model_expand: bool[2, 1, 16, 16], 512 B from stage 0
-receives    model_rotary_emb_to_3: f32[1, 16, 8], 512 B from stage 0
-receives    model_rotary_emb_to_4: f32[1, 16, 8], 512 B from stage 0
-receives    model_layers_0_post_attention_layernorm_to: f32[2, 16, 32], 4.00 KiB from stage 0
-receives    model_layers_0_mlp: f32[2, 16, 32], 4.00 KiB from stage 0
+receives    mask: bool[2, 1, 16, 16], 512 B from stage 0
+receives    rotary_emb_cos: f32[1, 16, 8], 512 B from stage 0
+receives    rotary_emb_sin: f32[1, 16, 8], 512 B from stage 0
+receives    layers_0_add: f32[2, 16, 32], 4.00 KiB from stage 0
+receives    layers_0_mlp: f32[2, 16, 32], 4.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/hf_llama.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_llama.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -24,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LlamaRMSNorm(nn.Module):
-    """model.layers.1.input_layernorm and 2 more (modeling_llama.py:64)."""
-
+class LlamaRMSNorm(nn.Module):  # model.layers.1.input_layernorm and 2 more (modeling_llama.py:64)
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(32))
@@ -35,9 +31,7 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())  # f32[2, 16, 32]
 
 
-class LlamaAttention(nn.Module):
-    """model.layers.1.self_attn (modeling_llama.py:243)."""
-
+class LlamaAttention(nn.Module):  # model.layers.1.self_attn (modeling_llama.py:243)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32, bias=False)
@@ -45,29 +39,21 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(32, 16, bias=False)
         self.o_proj = nn.Linear(32, 32, bias=False)
 
-    def forward(self, x: Tensor, x2: Tensor, x3: Tensor, mask: Tensor) -> Tensor:
-        q_proj = self.q_proj(x).view(2, 16, -1, 8).transpose(1, 2)  # f32[2, 4, 16, 8]
-        k_proj = self.k_proj(x).view(2, 16, -1, 8).transpose(1, 2)  # f32[2, 2, 16, 8]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        q = self.q_proj(x).view(2, 16, -1, 8).transpose(1, 2)  # f32[2, 4, 16, 8]
+        k = self.k_proj(x).view(2, 16, -1, 8).transpose(1, 2)  # f32[2, 2, 16, 8]
         v = self.v_proj(x).view(2, 16, -1, 8).transpose(1, 2)
-        x = x2.unsqueeze(1)  # f32[1, 1, 16, 8]
-        y = x3.unsqueeze(1)
-        z = q_proj * x  # f32[2, 4, 16, 8]
-        q_proj2 = q_proj[..., :4]  # f32[2, 4, 16, 4]
-        q_proj = -q_proj[..., 4:]
-        q = z + torch.cat((q_proj, q_proj2), dim=-1) * y  # f32[2, 4, 16, 8]
-        x = k_proj * x  # f32[2, 2, 16, 8]
-        k_proj2 = k_proj[..., :4]  # f32[2, 2, 16, 4]
-        k_proj = -k_proj[..., 4:]
-        k = (x + torch.cat((k_proj, k_proj2), dim=-1) * y).unsqueeze(2)  # f32[2, 2, 1, 16, 8]
-        k = k.expand(2, 2, 2, 16, 8).reshape(2, 4, 16, 8)  # f32[2, 4, 16, 8]
+        cos = cos.unsqueeze(1)  # f32[1, 1, 16, 8]
+        sin = sin.unsqueeze(1)
+        q = q * cos + torch.cat((-q[..., 4:], q[..., :4]), dim=-1) * sin  # f32[2, 4, 16, 8]
+        k = k * cos + torch.cat((-k[..., 4:], k[..., :4]), dim=-1) * sin  # f32[2, 2, 16, 8]
+        k = k.unsqueeze(2).expand(2, 2, 2, 16, 8).reshape(2, 4, 16, 8)  # f32[2, 4, 16, 8]
         v = v.unsqueeze(2).expand(2, 2, 2, 16, 8).reshape(2, 4, 16, 8)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3535533905932738)
-        return self.o_proj(y.reshape(2, -1, 16, 8).transpose(1, 2).reshape(2, 16, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(2, 16, -1))  # f32[2, 16, 32]
 
 
-class LlamaMLP(nn.Module):
-    """model.layers.1.mlp (modeling_llama.py:164)."""
-
+class LlamaMLP(nn.Module):  # model.layers.1.mlp (modeling_llama.py:164)
     def __init__(self) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(32, 96, bias=False)
@@ -78,9 +64,7 @@ class LlamaMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # f32[2, 16, 32]
 
 
-class LlamaDecoderLayer(nn.Module):
-    """model.layers.1 (modeling_llama.py:64)."""
-
+class LlamaDecoderLayer(nn.Module):  # model.layers.1 (modeling_llama.py:64)
     def __init__(self) -> None:
         super().__init__()
         self.input_layernorm = LlamaRMSNorm()
@@ -88,21 +72,19 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm()
         self.mlp = LlamaMLP()
 
-    def forward(self, x: Tensor, x2: Tensor, x3: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), x2, x3, mask)  # f32[2, 16, 32]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)  # f32[2, 16, 32]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaModelTail(nn.Module):
-    """The end of model (modeling_llama.py:312)."""
-
+class LlamaModelTail(nn.Module):  # the end of model (modeling_llama.py:312)
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({"1": LlamaDecoderLayer()})
         self.norm = LlamaRMSNorm()
 
-    def forward(self, x: Tensor, x2: Tensor, x3: Tensor, x4: Tensor, mask: Tensor) -> Tensor:
-        return self.norm(self.layers["1"](x + x2, x3, x4, mask))  # f32[2, 16, 32]
+    def forward(self, x: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        return self.norm(self.layers["1"](x + x2, cos, sin, mask))  # f32[2, 16, 32]
 
 
 class Stage(nn.Module):
@@ -114,19 +96,13 @@ class Stage(nn.Module):
     def forward(
         self,
         labels: Tensor,
-        model_expand: Tensor,
-        model_rotary_emb_to_3: Tensor,
-        model_rotary_emb_to_4: Tensor,
-        model_layers_0_post_attention_layernorm_to: Tensor,
-        model_layers_0_mlp: Tensor,
+        mask: Tensor,
+        rotary_emb_cos: Tensor,
+        rotary_emb_sin: Tensor,
+        layers_0_add: Tensor,
+        layers_0_mlp: Tensor,
     ) -> Tensor:
-        model = self.model(
-            model_layers_0_post_attention_layernorm_to,
-            model_layers_0_mlp,
-            model_rotary_emb_to_3,
-            model_rotary_emb_to_4,
-            model_expand,
-        )  # f32[2, 16, 32]
-        lm_head = self.lm_head(model[:])  # f32[2, 16, 64]
+        model = self.model(layers_0_add, layers_0_mlp, rotary_emb_cos, rotary_emb_sin, mask)
+        lm_head = self.lm_head(model)  # f32[2, 16, 64]
         labels = F.pad(labels, (0, 1), value=-100.0)[:, 1:].contiguous()  # i64[2, 16]
         return F.cross_entropy(lm_head.view(-1, 64), labels.view(-1))  # f32[]

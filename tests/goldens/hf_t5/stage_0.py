@@ -1,29 +1,25 @@
 """Stage 0 of 2: T5ForConditionalGeneration on rank 0.
 
 encoder, decoder.embed_tokens, decoder.block.0.layer.0.layer_norm,
-decoder.block.0.layer.0.SelfAttention.q, decoder.block.0.layer.0.SelfAttention.k,
-decoder.block.0.layer.1.EncDecAttention.k, decoder.block.0.layer.1.EncDecAttention.v,
-decoder.block.1.layer.1.EncDecAttention.k and 1 more
+decoder.block.0.layer.0.SelfAttention.q, decoder.block.0.layer.0.SelfAttention.k and 4 more
 
 parameters  24.9 k
 forward     547 us, 3.21 MFLOP
 backward    393 us, 6.42 MFLOP, busy 99.8 % of the period
-memory      1006 MiB of 16.0 GiB
-            = weights 194 KiB + gradients 97.2 KiB + optimizer 194 KiB + stash 1.58 MiB +
-            buffers 121 KiB + transient 48.0 KiB + reserve 1004 MiB
+memory      1006 MiB of 16.0 GiB = weights 194 KiB + gradients 97.2 KiB + optimizer 194 KiB +
+            stash 1.58 MiB + buffers 121 KiB + transient 48.0 KiB + reserve 1004 MiB
 
-sends       decoder_block_0_layer_0_layer_norm_to: f32[2, 8, 32], 2.00 KiB to stage 1
-sends       decoder_block_0_layer_0_layer_norm: f32[2, 8, 32], 2.00 KiB to stage 1
-sends       decoder_block_0_layer_0_SelfAttention_view: f32[2, 8, 4, 8], 2.00 KiB to stage 1
-sends       decoder_block_0_layer_0_SelfAttention_view_2: f32[2, 8, 4, 8], 2.00 KiB to stage 1
-sends       decoder_block_0_layer_0_SelfAttention_sub: i64[8, 8], 512 B to stage 1
-sends       decoder_block_0_layer_1_EncDecAttention_view_2: f32[2, 32, 4, 8], 8.00 KiB to stage 1
-sends       decoder_block_0_layer_1_EncDecAttention_view_3: f32[2, 32, 4, 8], 8.00 KiB to stage 1
-sends       decoder_block_1_layer_1_EncDecAttention_view_2: f32[2, 32, 4, 8], 8.00 KiB to stage 1
-sends       decoder_block_1_layer_1_EncDecAttention_view_3: f32[2, 32, 4, 8], 8.00 KiB to stage 1
+sends       dropout: f32[2, 8, 32], 2.00 KiB to stage 1
+sends       block_0_layer_0_layer_norm_mul: f32[2, 8, 32], 2.00 KiB to stage 1
+sends       block_0_layer_0_SelfAttention_view_3: f32[2, 8, 4, 8], 2.00 KiB to stage 1
+sends       block_0_layer_0_SelfAttention_view_2: f32[2, 8, 4, 8], 2.00 KiB to stage 1
+sends       block_0_layer_0_SelfAttention_sub: i64[8, 8], 512 B to stage 1
+sends       block_0_layer_1_EncDecAttention_view_2: f32[2, 32, 4, 8], 8.00 KiB to stage 1
+sends       block_0_layer_1_EncDecAttention_view: f32[2, 32, 4, 8], 8.00 KiB to stage 1
+sends       block_1_layer_1_EncDecAttention_view_2: f32[2, 32, 4, 8], 8.00 KiB to stage 1
+sends       block_1_layer_1_EncDecAttention_view: f32[2, 32, 4, 8], 8.00 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_t5.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_t5.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -31,11 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class T5LayerNorm(nn.Module):
-    """encoder.block.0.layer.0.layer_norm .. encoder.block.0.layer.1.layer_norm and 3 more
-    (modeling_t5.py:65).
-    """
-
+class T5LayerNorm(nn.Module):  # encoder.block.0.layer.0-1.layer_norm and 3 more (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(32))
@@ -44,9 +36,7 @@ class T5LayerNorm(nn.Module):
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())
 
 
-class T5Attention(nn.Module):
-    """encoder.block.0.layer.0.SelfAttention (modeling_t5.py:304)."""
-
+class T5Attention(nn.Module):  # encoder.block.0.layer.0.SelfAttention (modeling_t5.py:304)
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(32, 32, bias=False)
@@ -59,7 +49,7 @@ class T5Attention(nn.Module):
         q = self.q(x).view(2, 32, -1, 8).transpose(1, 2)  # f32[2, 4, 32, 8]
         k = self.k(x).view(2, 32, -1, 8).transpose(1, 2)
         v = self.v(x).view(2, 32, -1, 8).transpose(1, 2)
-        positions = torch.arange(32, dtype=torch.int64, device=x.device).unsqueeze(1) + 0
+        positions = torch.arange(32, dtype=torch.int64, device=x.device).unsqueeze(1)  # i64[32, 1]
         positions2 = torch.arange(32, dtype=torch.int64, device=x.device).unsqueeze(0)  # i64[1, 32]
         positions = positions2 - positions  # i64[32, 32]
         index = (positions > 0).to(torch.int64) * 16 + 0
@@ -72,21 +62,13 @@ class T5Attention(nn.Module):
         relative_attention_bias = self.relative_attention_bias(index).permute(2, 0, 1).unsqueeze(0)
         relative_attention_bias2 = relative_attention_bias.contiguous()
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=relative_attention_bias2,
-            dropout_p=0.1,
-            scale=1.0,
+            q, k, v, attn_mask=relative_attention_bias2, dropout_p=0.1, scale=1.0
         )  # f32[2, 4, 32, 8]
-        y = y.reshape(2, -1, 32, 8).transpose(1, 2).contiguous().reshape(2, 32, -1)
-        o = self.o(y)
+        o = self.o(y.transpose(1, 2).contiguous().reshape(2, 32, -1))  # f32[2, 32, 32]
         return relative_attention_bias, o
 
 
-class T5LayerSelfAttention(nn.Module):
-    """encoder.block.0.layer.0 (modeling_t5.py:65)."""
-
+class T5LayerSelfAttention(nn.Module):  # encoder.block.0.layer.0 (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -95,15 +77,10 @@ class T5LayerSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         relative_attention_bias, o = self.SelfAttention(self.layer_norm(x))
-        x = x + self.dropout(o)  # f32[2, 32, 32]
-        return relative_attention_bias, x
+        return relative_attention_bias, x + self.dropout(o)
 
 
-class T5DenseActDense(nn.Module):
-    """encoder.block.0.layer.1.DenseReluDense .. encoder.block.1.layer.1.DenseReluDense
-    (modeling_t5.py:84).
-    """
-
+class T5DenseActDense(nn.Module):  # encoder.block.0-1.layer.1.DenseReluDense (modeling_t5.py:84)
     def __init__(self) -> None:
         super().__init__()
         self.wi = nn.Linear(32, 64, bias=False)
@@ -115,9 +92,7 @@ class T5DenseActDense(nn.Module):
         return self.wo(self.dropout(self.act(self.wi(x))))  # f32[2, 32, 32]
 
 
-class T5LayerFF(nn.Module):
-    """encoder.block.0.layer.1 .. encoder.block.1.layer.1 (modeling_t5.py:65)."""
-
+class T5LayerFF(nn.Module):  # encoder.block.0-1.layer.1 (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -128,22 +103,17 @@ class T5LayerFF(nn.Module):
         return x + self.dropout(self.DenseReluDense(self.layer_norm(x)))  # f32[2, 32, 32]
 
 
-class T5Block(nn.Module):
-    """encoder.block.0 (modeling_t5.py:65)."""
-
+class T5Block(nn.Module):  # encoder.block.0 (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList([T5LayerSelfAttention(), T5LayerFF()])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         relative_attention_bias, x = self.layer[0](x)
-        x = self.layer[1](x)  # f32[2, 32, 32]
-        return relative_attention_bias, x
+        return relative_attention_bias, self.layer[1](x)
 
 
-class T5Attention2(nn.Module):
-    """encoder.block.1.layer.0.SelfAttention (modeling_t5.py:304)."""
-
+class T5Attention2(nn.Module):  # encoder.block.1.layer.0.SelfAttention (modeling_t5.py:304)
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(32, 32, bias=False)
@@ -157,20 +127,12 @@ class T5Attention2(nn.Module):
         v = self.v(x).view(2, 32, -1, 8).transpose(1, 2)
         relative_attention_bias = relative_attention_bias.contiguous()  # f32[1, 4, 32, 32]
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=relative_attention_bias,
-            dropout_p=0.1,
-            scale=1.0,
+            q, k, v, attn_mask=relative_attention_bias, dropout_p=0.1, scale=1.0
         )  # f32[2, 4, 32, 8]
-        y = y.reshape(2, -1, 32, 8).transpose(1, 2).contiguous().reshape(2, 32, -1)
-        return self.o(y)
+        return self.o(y.transpose(1, 2).contiguous().reshape(2, 32, -1))  # f32[2, 32, 32]
 
 
-class T5LayerSelfAttention2(nn.Module):
-    """encoder.block.1.layer.0 (modeling_t5.py:65)."""
-
+class T5LayerSelfAttention2(nn.Module):  # encoder.block.1.layer.0 (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -182,9 +144,7 @@ class T5LayerSelfAttention2(nn.Module):
         return x + self.dropout(selfattention)
 
 
-class T5Block2(nn.Module):
-    """encoder.block.1 (modeling_t5.py:65)."""
-
+class T5Block2(nn.Module):  # encoder.block.1 (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList([T5LayerSelfAttention2(), T5LayerFF()])
@@ -194,9 +154,7 @@ class T5Block2(nn.Module):
         return self.layer[1](x)
 
 
-class T5Stack(nn.Module):
-    """encoder (modeling_t5.py:678)."""
-
+class T5Stack(nn.Module):  # encoder (modeling_t5.py:678)
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(64, 32)
@@ -210,68 +168,38 @@ class T5Stack(nn.Module):
         return self.dropout(x)
 
 
-class T5AttentionHead(nn.Module):
-    """The beginning of decoder.block.0.layer.0.SelfAttention (modeling_t5.py:304)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(32, 32, bias=False)
-        self.k = nn.Linear(32, 32, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.q(x).view(2, 8, -1, 8)  # f32[2, 8, 4, 8]
-        k = self.k(x).view(2, 8, -1, 8)
-        positions = torch.arange(8, dtype=torch.int64, device=x.device).unsqueeze(1) + 0
-        positions2 = torch.arange(8, dtype=torch.int64, device=x.device).unsqueeze(0)  # i64[1, 8]
-        positions = positions2 - positions  # i64[8, 8]
-        return q, k, positions
-
-
+# the beginning of decoder.block.0.layer.0 (modeling_t5.py:65)
 class T5LayerSelfAttentionHead(nn.Module):
-    """The beginning of decoder.block.0.layer.0 (modeling_t5.py:65)."""
-
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
-        self.SelfAttention = T5AttentionHead()
+        self.SelfAttention = nn.Module()
+        self.SelfAttention.q = nn.Linear(32, 32, bias=False)
+        self.SelfAttention.k = nn.Linear(32, 32, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = self.layer_norm(x)  # f32[2, 8, 32]
-        q, k, positions = self.SelfAttention(x)
-        return x, q, k, positions
+        y = self.layer_norm(x)  # f32[2, 8, 32]
+        q = self.SelfAttention.q(y).view(2, 8, -1, 8)  # f32[2, 8, 4, 8]
+        k = self.SelfAttention.k(y).view(2, 8, -1, 8)
+        positions = torch.arange(8, dtype=torch.int64, device=x.device).unsqueeze(1)  # i64[8, 1]
+        positions2 = torch.arange(8, dtype=torch.int64, device=x.device).unsqueeze(0)  # i64[1, 8]
+        return y, q, k, positions2 - positions
 
 
-class T5AttentionMiddle(nn.Module):
-    """The middle of decoder.block.0.layer.1.EncDecAttention ..
-    decoder.block.1.layer.1.EncDecAttention (modeling_t5.py:325).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.k = nn.Linear(32, 32, bias=False)
-        self.v = nn.Linear(32, 32, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.k(x).view(2, 32, -1, 8)  # f32[2, 32, 4, 8]
-        v = self.v(x).view(2, 32, -1, 8)
-        return k, v
-
-
+# the middle of decoder.block.0.layer.1 (modeling_t5.py:325)
 class T5LayerCrossAttentionMiddle(nn.Module):
-    """The middle of decoder.block.0.layer.1 .. decoder.block.1.layer.1 (modeling_t5.py:325)."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.EncDecAttention = T5AttentionMiddle()
+        self.EncDecAttention = nn.Module()
+        self.EncDecAttention.k = nn.Linear(32, 32, bias=False)
+        self.EncDecAttention.v = nn.Linear(32, 32, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.EncDecAttention(x)  # f32[2, 32, 4, 8] each
-        return k, v
+        k = self.EncDecAttention.k(x).view(2, 32, -1, 8)  # f32[2, 32, 4, 8]
+        return k, self.EncDecAttention.v(x).view(2, 32, -1, 8)
 
 
-class T5BlockHead(nn.Module):
-    """The beginning of decoder.block.0 (modeling_t5.py:65)."""
-
+class T5BlockHead(nn.Module):  # the beginning of decoder.block.0 (modeling_t5.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList([T5LayerSelfAttentionHead(), T5LayerCrossAttentionMiddle()])
@@ -282,21 +210,20 @@ class T5BlockHead(nn.Module):
         return x, q, k, positions, k2, v
 
 
-class T5BlockMiddle(nn.Module):
-    """The middle of decoder.block.1 (modeling_t5.py:325)."""
-
+class T5BlockMiddle(nn.Module):  # the middle of decoder.block.1 (modeling_t5.py:325)
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.ModuleDict({"1": T5LayerCrossAttentionMiddle()})
+        self.layer = nn.ModuleDict({"1": nn.Module()})
+        self.layer["1"].EncDecAttention = nn.Module()
+        self.layer["1"].EncDecAttention.k = nn.Linear(32, 32, bias=False)
+        self.layer["1"].EncDecAttention.v = nn.Linear(32, 32, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.layer["1"](x)  # f32[2, 32, 4, 8] each
-        return k, v
+        k = self.layer["1"].EncDecAttention.k(x).view(2, 32, -1, 8)  # f32[2, 32, 4, 8]
+        return k, self.layer["1"].EncDecAttention.v(x).view(2, 32, -1, 8)
 
 
-class T5StackHead(nn.Module):
-    """The beginning of decoder (modeling_t5.py:678)."""
-
+class T5StackHead(nn.Module):  # the beginning of decoder (modeling_t5.py:678)
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(64, 32)
@@ -318,33 +245,11 @@ class Stage(nn.Module):
         self.decoder = T5StackHead()
         self.decoder.embed_tokens.weight = self.encoder.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, labels_2: Tensor) -> tuple[Tensor, ...]:
         encoder = self.encoder(input_ids)  # f32[2, 32, 32]
-        zeros = labels.new_zeros(2, 8)  # i64[2, 8]
-        labels = labels[:, :-1].clone()  # i64[2, 7]
+        zeros = labels_2.new_zeros(2, 8)  # i64[2, 8]
+        labels_2 = labels_2[:, :-1].clone()  # i64[2, 7]
         zeros2 = zeros[:, 1:]
-        zeros2.copy_(labels)
+        zeros2.copy_(labels_2)
         zeros[:, 0].fill_(self.constant_0)
-        zeros.masked_fill_(zeros == -100, 0)
-        (
-            decoder_dropout,
-            decoder_block_0_layer_0_layer_norm,
-            decoder_block_0_layer_0_SelfAttention_view,
-            decoder_block_0_layer_0_SelfAttention_view_2,
-            decoder_block_0_layer_0_SelfAttention_sub,
-            decoder_block_0_layer_1_EncDecAttention_view_2,
-            decoder_block_0_layer_1_EncDecAttention_view_3,
-            decoder_block_1_layer_1_EncDecAttention_view_2,
-            decoder_block_1_layer_1_EncDecAttention_view_3,
-        ) = self.decoder(zeros, encoder)
-        return (
-            decoder_dropout,
-            decoder_block_0_layer_0_layer_norm,
-            decoder_block_0_layer_0_SelfAttention_view,
-            decoder_block_0_layer_0_SelfAttention_view_2,
-            decoder_block_0_layer_0_SelfAttention_sub,
-            decoder_block_0_layer_1_EncDecAttention_view_2,
-            decoder_block_0_layer_1_EncDecAttention_view_3,
-            decoder_block_1_layer_1_EncDecAttention_view_2,
-            decoder_block_1_layer_1_EncDecAttention_view_3,
-        )
+        return self.decoder(zeros.masked_fill_(zeros == -100, 0), encoder)

@@ -6,15 +6,13 @@ vit.layers.0.layernorm_after, vit.layers.0.mlp
 parameters  19.5 k
 forward     85.4 us, 1.30 MFLOP
 backward    90.7 us, 2.21 MFLOP, busy 94.5 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 152 KiB + gradients 76.0 KiB + optimizer 152 KiB + stash 317 KiB +
-            buffers 25.5 KiB + transient 34.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 152 KiB + gradients 76.0 KiB + optimizer 152 KiB +
+            stash 317 KiB + buffers 25.5 KiB + transient 34.0 KiB + reserve 1004 MiB
 
-sends       vit_layers_0_add: f32[2, 17, 32], 4.25 KiB to stage 1
-sends       vit_layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB to stage 1
+sends       layers_0_add: f32[2, 17, 32], 4.25 KiB to stage 1
+sends       layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/hf_vit.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_vit.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -22,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class ViTPatchEmbeddings(nn.Module):
-    """vit.embeddings.patch_embeddings (modeling_vit.py:69)."""
-
+class ViTPatchEmbeddings(nn.Module):  # vit.embeddings.patch_embeddings (modeling_vit.py:69)
     def __init__(self) -> None:
         super().__init__()
         self.projection = nn.Conv2d(3, 32, 8, stride=8)
@@ -33,9 +29,7 @@ class ViTPatchEmbeddings(nn.Module):
         return self.projection(x).flatten(2).transpose(1, 2)  # f32[2, 16, 32]
 
 
-class ViTEmbeddings(nn.Module):
-    """vit.embeddings (modeling_vit.py:69)."""
-
+class ViTEmbeddings(nn.Module):  # vit.embeddings (modeling_vit.py:69)
     def __init__(self) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.empty(1, 1, 32))
@@ -50,9 +44,7 @@ class ViTEmbeddings(nn.Module):
         return self.dropout(x)
 
 
-class ViTAttention(nn.Module):
-    """vit.layers.0.attention (modeling_vit.py:216)."""
-
+class ViTAttention(nn.Module):  # vit.layers.0.attention (modeling_vit.py:216)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
@@ -65,12 +57,10 @@ class ViTAttention(nn.Module):
         k = self.k_proj(x).view(2, 17, -1, 8).transpose(1, 2)
         v = self.v_proj(x).view(2, 17, -1, 8).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.3535533905932738)
-        return self.o_proj(y.reshape(2, -1, 17, 8).transpose(1, 2).reshape(2, 17, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(2, 17, -1))  # f32[2, 17, 32]
 
 
-class ViTMLP(nn.Module):
-    """vit.layers.0.mlp (modeling_vit.py:250)."""
-
+class ViTMLP(nn.Module):  # vit.layers.0.mlp (modeling_vit.py:250)
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(32, 128)
@@ -80,9 +70,7 @@ class ViTMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))  # f32[2, 17, 32]
 
 
-class ViTLayerHead(nn.Module):
-    """The beginning of vit.layers.0 (modeling_vit.py:274)."""
-
+class ViTLayerHead(nn.Module):  # the beginning of vit.layers.0 (modeling_vit.py:274)
     def __init__(self) -> None:
         super().__init__()
         self.layernorm_before = nn.LayerNorm(32, eps=1e-12)
@@ -93,28 +81,15 @@ class ViTLayerHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.dropout(self.attention(self.layernorm_before(x))) + x  # f32[2, 17, 32]
-        mlp = self.dropout(self.mlp(self.layernorm_after(x)))
-        return x, mlp
-
-
-class ViTModelHead(nn.Module):
-    """The beginning of vit (modeling_vit.py:69)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embeddings = ViTEmbeddings()
-        self.layers = nn.ModuleList([ViTLayerHead()])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, mlp = self.layers[0](self.embeddings(x))  # f32[2, 17, 32] each
-        return x, mlp
+        return x, self.dropout(self.mlp(self.layernorm_after(x)))
 
 
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.vit = ViTModelHead()
+        self.vit = nn.Module()
+        self.vit.embeddings = ViTEmbeddings()
+        self.vit.layers = nn.ModuleList([ViTLayerHead()])
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        vit_layers_0_add, vit_layers_0_dropout_2 = self.vit(pixel_values)  # f32[2, 17, 32] each
-        return vit_layers_0_add, vit_layers_0_dropout_2
+        return self.vit.layers[0](self.vit.embeddings(pixel_values))  # f32[2, 17, 32] each

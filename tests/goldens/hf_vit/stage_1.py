@@ -5,24 +5,20 @@ vit.layers.1, vit.layernorm, classifier
 parameters  13.1 k
 forward     90.4 us, 911 kFLOP
 backward    95.6 us, 1.82 MFLOP, busy 99.8 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 102 KiB + gradients 51.2 KiB + optimizer 102 KiB + stash 94.9 KiB +
-            buffers 25.5 KiB + transient 34.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 102 KiB + gradients 51.2 KiB + optimizer 102 KiB +
+            stash 94.9 KiB + buffers 25.5 KiB + transient 34.0 KiB + reserve 1004 MiB
 
-receives    vit_layers_0_add: f32[2, 17, 32], 4.25 KiB from stage 0
-receives    vit_layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB from stage 0
+receives    layers_0_add: f32[2, 17, 32], 4.25 KiB from stage 0
+receives    layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/hf_vit.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/hf_vit.py:tiny. Imports only torch; yours to change.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class ViTAttention(nn.Module):
-    """vit.layers.1.attention (modeling_vit.py:216)."""
-
+class ViTAttention(nn.Module):  # vit.layers.1.attention (modeling_vit.py:216)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
@@ -35,12 +31,10 @@ class ViTAttention(nn.Module):
         k = self.k_proj(x).view(2, 17, -1, 8).transpose(1, 2)
         v = self.v_proj(x).view(2, 17, -1, 8).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.3535533905932738)
-        return self.o_proj(y.reshape(2, -1, 17, 8).transpose(1, 2).reshape(2, 17, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(2, 17, -1))  # f32[2, 17, 32]
 
 
-class ViTMLP(nn.Module):
-    """vit.layers.1.mlp (modeling_vit.py:250)."""
-
+class ViTMLP(nn.Module):  # vit.layers.1.mlp (modeling_vit.py:250)
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(32, 128)
@@ -50,9 +44,7 @@ class ViTMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))  # f32[2, 17, 32]
 
 
-class ViTLayer(nn.Module):
-    """vit.layers.1 (modeling_vit.py:274)."""
-
+class ViTLayer(nn.Module):  # vit.layers.1 (modeling_vit.py:274)
     def __init__(self) -> None:
         super().__init__()
         self.layernorm_before = nn.LayerNorm(32, eps=1e-12)
@@ -66,9 +58,7 @@ class ViTLayer(nn.Module):
         return self.dropout(self.mlp(self.layernorm_after(x))) + x
 
 
-class ViTModelTail(nn.Module):
-    """The end of vit (modeling_vit.py:284)."""
-
+class ViTModelTail(nn.Module):  # the end of vit (modeling_vit.py:284)
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({"1": ViTLayer()})
@@ -84,11 +74,6 @@ class Stage(nn.Module):
         self.vit = ViTModelTail()
         self.classifier = nn.Linear(32, 10)
 
-    def forward(
-        self,
-        labels: Tensor,
-        vit_layers_0_add: Tensor,
-        vit_layers_0_dropout_2: Tensor,
-    ) -> Tensor:
-        vit = self.vit(vit_layers_0_dropout_2, vit_layers_0_add)[:, 0]  # f32[2, 32]
-        return F.cross_entropy(self.classifier(vit).view(-1, 10), labels.view(-1))  # f32[]
+    def forward(self, labels_3: Tensor, layers_0_add: Tensor, layers_0_dropout_2: Tensor) -> Tensor:
+        classifier = self.classifier(self.vit(layers_0_dropout_2, layers_0_add)[:, 0])  # f32[2, 10]
+        return F.cross_entropy(classifier, labels_3)  # f32[]

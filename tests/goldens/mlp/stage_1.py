@@ -1,18 +1,16 @@
 """Stage 1 of 2: MLP on rank 1.
 
-hidden.2 .. hidden.3, last, loss
+hidden.2-3, last, loss
 
 parameters  2.44 k
 forward     30.0 us, 9.47 kFLOP
 backward    30.0 us, 18.9 kFLOP, busy 98.7 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 19.1 KiB + gradients 9.54 KiB + optimizer 9.54 KiB + stash 868 B +
-            buffers 768 B + transient 512 B + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 19.1 KiB + gradients 9.54 KiB + optimizer 9.54 KiB +
+            stash 868 B + buffers 768 B + transient 512 B + reserve 1004 MiB
 
 receives    relu_3: f32[2, 32], 256 B from stage 0
 
-Written by p2bw 0.1.0 from examples/mlp.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/mlp.py:tiny. Imports only torch; yours to change.
 """
 
 import torch.nn.functional as F

@@ -1,21 +1,20 @@
 """Stage 1 of 2: Mixture on rank 1.
 
-h.2 .. h.3, norm, head, loss
+h.2-3, norm, head, loss
 
 parameters  61.9 k
 forward     586 us, 2.51 MFLOP
 backward    1.30 ms, 5.01 MFLOP, busy 99.7 % of the period
-memory      1005 MiB of 16.0 GiB
-            = weights 483 KiB + gradients 242 KiB + optimizer 483 KiB + stash 291 KiB +
-            buffers 12.0 KiB + transient 20.0 KiB + reserve 1004 MiB
+memory      1005 MiB of 16.0 GiB = weights 483 KiB + gradients 242 KiB + optimizer 483 KiB +
+            stash 291 KiB + buffers 12.0 KiB + transient 20.0 KiB + reserve 1004 MiB
 
-opaque      h.2.moe .. h.3.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76:
-            the model decides by the values in a tensor
+opaque      h.2-3.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76: the
+            model decides by the values in a tensor
 
-receives    h_1: f32[2, 16, 32], 4.00 KiB from stage 0
+receives    x_1: f32[2, 16, 32], 4.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/moe.py:tiny.
-Imports torch, and p2bw for your own modules; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/moe.py:tiny. Imports torch, and p2bw for your own modules; yours
+to change.
 """
 
 import torch.nn.functional as F
@@ -24,9 +23,7 @@ from torch import Tensor, nn
 from p2bw import opaque
 
 
-class Attention(nn.Module):
-    """h.2.attn .. h.3.attn (moe.py:43)."""
-
+class Attention(nn.Module):  # h.2-3.attn (moe.py:43)
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(32, 96, bias=False)
@@ -38,9 +35,7 @@ class Attention(nn.Module):
         return self.proj(y.reshape(2, 16, 32))  # f32[2, 16, 32]
 
 
-class Block(nn.Module):
-    """h.2 .. h.3 (moe.py:92)."""
-
+class Block(nn.Module):  # h.2-3 (moe.py:92)
     def __init__(self, moe_path: str) -> None:
         super().__init__()
         self.norm_1 = nn.RMSNorm(32)
@@ -60,8 +55,8 @@ class Stage(nn.Module):
         self.norm = nn.RMSNorm(32)
         self.head = nn.Linear(32, 128, bias=False)
 
-    def forward(self, labels: Tensor, h_1: Tensor) -> Tensor:
-        x = h_1
+    def forward(self, labels: Tensor, x_1: Tensor) -> Tensor:
+        x = x_1
         for block in self.h.values():
             x = block(x)  # f32[2, 16, 32]
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())  # f32[]

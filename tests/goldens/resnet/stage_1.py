@@ -5,24 +5,20 @@ blocks.1.conv2, blocks.1.bn2, blocks.1.conv3, blocks.1.bn3, blocks.2, fc, loss
 parameters  29.0 k
 forward     140 us, 693 kFLOP
 backward    111 us, 1.39 MFLOP, busy 99.8 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 226 KiB + gradients 113 KiB + optimizer 113 KiB + stash 62.2 KiB +
-            buffers 51.2 KiB + transient 24.0 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 226 KiB + gradients 113 KiB + optimizer 113 KiB +
+            stash 62.2 KiB + buffers 51.2 KiB + transient 24.0 KiB + reserve 1004 MiB
 
-receives    blocks_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
-receives    blocks_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0
+receives    x_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
+receives    x_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/resnet.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/resnet.py:tiny. Imports only torch; yours to change.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BottleneckTail(nn.Module):
-    """The end of blocks.1 (resnet.py:36)."""
-
+class BottleneckTail(nn.Module):  # the end of blocks.1 (resnet.py:36)
     def __init__(self) -> None:
         super().__init__()
         self.conv2 = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False)
@@ -36,9 +32,7 @@ class BottleneckTail(nn.Module):
         return self.relu(x)
 
 
-class Bottleneck(nn.Module):
-    """blocks.2 (resnet.py:35)."""
-
+class Bottleneck(nn.Module):  # blocks.2 (resnet.py:35)
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(64, 32, 1, bias=False)
@@ -49,8 +43,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(32, 128, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.downsample = nn.Sequential(
-            nn.Conv2d(64, 128, 1, stride=2, bias=False),
-            nn.BatchNorm2d(128),
+            nn.Conv2d(64, 128, 1, stride=2, bias=False), nn.BatchNorm2d(128)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +57,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleDict({"1": BottleneckTail(), "2": Bottleneck()})
         self.fc = nn.Linear(128, 10)
 
-    def forward(self, labels: Tensor, blocks_1_relu: Tensor, blocks_1_downsample: Tensor) -> Tensor:
-        x = self.blocks["1"](blocks_1_relu, blocks_1_downsample)  # f32[2, 64, 4, 4]
+    def forward(self, labels: Tensor, x_1_relu: Tensor, x_1_downsample: Tensor) -> Tensor:
+        x = self.blocks["1"](x_1_relu, x_1_downsample)  # f32[2, 64, 4, 4]
         fc = self.fc(self.blocks["2"](x).mean((2, 3)))  # f32[2, 10]
         return F.cross_entropy(fc, labels, label_smoothing=0.1)  # f32[]

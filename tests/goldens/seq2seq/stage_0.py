@@ -5,23 +5,19 @@ encoder, decoder.embed, decoder.first
 parameters  10.2 k
 forward     100 us, 1.52 MFLOP
 backward    60.6 us, 3.02 MFLOP, busy 99.6 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 80.0 KiB + gradients 40.0 KiB + optimizer 80.0 KiB + stash 692 KiB +
-            buffers 36.8 KiB + transient 18.8 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 80.0 KiB + gradients 40.0 KiB + optimizer 80.0 KiB +
+            stash 692 KiB + buffers 36.8 KiB + transient 18.8 KiB + reserve 1004 MiB
 
 sends       encoder: f32[2, 50, 16], 6.25 KiB to stage 1
-sends       decoder_first_2: f32[2, 48, 16], 6.00 KiB to stage 1
+sends       first: f32[2, 48, 16], 6.00 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/seq2seq.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/seq2seq.py:tiny. Imports only torch; yours to change.
 """
 
 from torch import Tensor, nn
 
 
-class Encoder(nn.Module):
-    """encoder (seq2seq.py:27)."""
-
+class Encoder(nn.Module):  # encoder (seq2seq.py:27)
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, 16)
@@ -37,9 +33,7 @@ class Encoder(nn.Module):
         return x + y
 
 
-class DecoderHead(nn.Module):
-    """The beginning of decoder (seq2seq.py:49)."""
-
+class DecoderHead(nn.Module):  # the beginning of decoder (seq2seq.py:49)
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, 16)
@@ -58,6 +52,4 @@ class Stage(nn.Module):
         self.decoder = DecoderHead()
 
     def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        encoder = self.encoder(source)  # f32[2, 50, 16]
-        decoder_first_2 = self.decoder(target)  # f32[2, 48, 16]
-        return encoder, decoder_first_2
+        return self.encoder(source), self.decoder(target)

@@ -1,19 +1,17 @@
 """Stage 1 of 2: Seq2Seq on rank 1.
 
-decoder.query, decoder.rest.0 .. decoder.rest.1, decoder.head, loss
+decoder.query, decoder.rest.0-1, decoder.head, loss
 
 parameters  7.74 k
 forward     90.5 us, 1.73 MFLOP
 backward    70.8 us, 3.46 MFLOP, busy 99.9 % of the period
-memory      1004 MiB of 16.0 GiB
-            = weights 60.5 KiB + gradients 30.2 KiB + optimizer 60.5 KiB + stash 194 KiB +
-            buffers 36.8 KiB + transient 37.5 KiB + reserve 1004 MiB
+memory      1004 MiB of 16.0 GiB = weights 60.5 KiB + gradients 30.2 KiB + optimizer 60.5 KiB +
+            stash 194 KiB + buffers 36.8 KiB + transient 37.5 KiB + reserve 1004 MiB
 
 receives    encoder: f32[2, 50, 16], 6.25 KiB from stage 0
-receives    decoder_first_2: f32[2, 48, 16], 6.00 KiB from stage 0
+receives    first: f32[2, 48, 16], 6.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/seq2seq.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/seq2seq.py:tiny. Imports only torch; yours to change.
 """
 
 import torch
@@ -21,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class DecoderTail(nn.Module):
-    """The end of decoder (seq2seq.py:50)."""
-
+class DecoderTail(nn.Module):  # the end of decoder (seq2seq.py:50)
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(16, 16, bias=False)
@@ -44,6 +40,6 @@ class Stage(nn.Module):
         super().__init__()
         self.decoder = DecoderTail()
 
-    def forward(self, labels: Tensor, encoder: Tensor, decoder_first_2: Tensor) -> Tensor:
-        decoder = self.decoder(decoder_first_2, encoder).flatten(0, 1)  # f32[96, 64]
+    def forward(self, labels: Tensor, encoder: Tensor, first: Tensor) -> Tensor:
+        decoder = self.decoder(first, encoder).flatten(0, 1)  # f32[96, 64]
         return F.cross_entropy(decoder, labels.flatten(), label_smoothing=0.1)  # f32[]

@@ -1,21 +1,19 @@
 """Stage 0 of 2: UNet on rank 0.
 
-down.0 .. down.2, bottom.0 .. bottom.4
+down.0-2, bottom.0-4
 
 parameters  74.1 k
 forward     131 us, 3.47 MFLOP
 backward    132 us, 6.71 MFLOP, busy 95.7 % of the period
-memory      1006 MiB of 16.0 GiB
-            = weights 579 KiB + gradients 289 KiB + optimizer 579 KiB + stash 612 KiB +
-            buffers 90.0 KiB + transient 32.0 KiB + reserve 1004 MiB
+memory      1006 MiB of 16.0 GiB = weights 579 KiB + gradients 289 KiB + optimizer 579 KiB +
+            stash 612 KiB + buffers 90.0 KiB + transient 32.0 KiB + reserve 1004 MiB
 
 sends       down_0: f32[2, 8, 16, 16], 16.0 KiB to stage 1
 sends       down_1: f32[2, 16, 8, 8], 8.00 KiB to stage 1
 sends       down_2: f32[2, 32, 4, 4], 4.00 KiB to stage 1
 sends       bottom_4: f32[2, 64, 2, 2], 2.00 KiB to stage 1
 
-Written by p2bw 0.1.0 from examples/unet.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/unet.py:tiny. Imports only torch; yours to change.
 """
 
 import torch.nn.functional as F
@@ -62,8 +60,7 @@ class Stage(nn.Module):
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        down_0 = self.down[0](image)  # f32[2, 8, 16, 16]
-        down_1 = self.down[1](F.max_pool2d(down_0, 2))  # f32[2, 16, 8, 8]
-        down_2 = self.down[2](F.max_pool2d(down_1, 2))  # f32[2, 32, 4, 4]
-        bottom_4 = self.bottom(F.max_pool2d(down_2, 2))  # f32[2, 64, 2, 2]
-        return down_0, down_1, down_2, bottom_4
+        x = self.down[0](image)  # f32[2, 8, 16, 16]
+        y = self.down[1](F.max_pool2d(x, 2))  # f32[2, 16, 8, 8]
+        z = self.down[2](F.max_pool2d(y, 2))  # f32[2, 32, 4, 4]
+        return x, y, z, self.bottom(F.max_pool2d(z, 2))

@@ -5,17 +5,15 @@ bottom.5, widen.0, up.0, widen.1, up.1, widen.2, up.2, head, loss
 parameters  47.5 k
 forward     136 us, 5.73 MFLOP
 backward    137 us, 11.5 MFLOP, busy 99.6 % of the period
-memory      1005 MiB of 16.0 GiB
-            = weights 371 KiB + gradients 185 KiB + optimizer 371 KiB + stash 269 KiB +
-            buffers 90.0 KiB + transient 64.0 KiB + reserve 1004 MiB
+memory      1005 MiB of 16.0 GiB = weights 371 KiB + gradients 185 KiB + optimizer 371 KiB +
+            stash 269 KiB + buffers 90.0 KiB + transient 64.0 KiB + reserve 1004 MiB
 
 receives    down_0: f32[2, 8, 16, 16], 16.0 KiB from stage 0
 receives    down_1: f32[2, 16, 8, 8], 8.00 KiB from stage 0
 receives    down_2: f32[2, 32, 4, 4], 4.00 KiB from stage 0
 receives    bottom_4: f32[2, 64, 2, 2], 2.00 KiB from stage 0
 
-Written by p2bw 0.1.0 from examples/unet.py:tiny.
-Imports only torch; yours to read, change and run.
+Written by p2bw 0.1.0 from examples/unet.py:tiny. Imports only torch; yours to change.
 """
 
 from collections import OrderedDict
@@ -67,12 +65,7 @@ class Stage(nn.Module):
         self.head = nn.Conv2d(8, 4, 1)
 
     def forward(
-        self,
-        labels: Tensor,
-        down_0: Tensor,
-        down_1: Tensor,
-        down_2: Tensor,
-        bottom_4: Tensor,
+        self, labels: Tensor, down_0: Tensor, down_1: Tensor, down_2: Tensor, bottom_4: Tensor
     ) -> Tensor:
         x = torch.cat((down_2, self.widen[0](self.bottom(bottom_4))), dim=1)  # f32[2, 64, 4, 4]
         x = self.up[0](x)  # f32[2, 32, 4, 4]
