@@ -1,10 +1,13 @@
 """The user's hierarchy survives: containers, shared modules, contexts, names, frozen parts."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 from staged import compare, cut, load, program_of, texts_of
+
+from p2bw.compiler.split import split
 
 HEAD = """
 import torch
@@ -304,6 +307,124 @@ class Model(nn.Module):
 """,
         tmp_path,
     )
+
+
+def test_what_changes_nothing_is_left_out(tmp_path: Path) -> None:
+    text = emitted(
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+    def forward(self, x):
+        rows = (torch.arange(4, device=x.device) + 0)[None, None, :, None]
+        mask = rows.new_ones((), dtype=torch.bool) & (rows >= 1)
+        x = self.fc(x)[:, :8].view(4, 8).to(torch.float32) * 1.0
+        return x.masked_fill(mask[0, 0], 0.5) / 1
+""",
+        tmp_path,
+    )
+    for noise in ("+ 0", "* 1.0", "/ 1", "new_ones", "view", "float32)", "[:, :8]"):
+        assert noise not in text
+    assert "torch.arange(4, device=" in text
+    assert ")[None, None, :, None] >= 1" in text
+
+
+def test_a_copy_that_is_written_to_stays_a_copy(tmp_path: Path) -> None:
+    text = emitted(
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+    def forward(self, x):
+        x = self.fc(x)
+        y, z = x * 1.0, x * 1.0
+        y += 1
+        count = torch.arange(4, device=x.device)
+        more = count + 0
+        count += 1
+        zero = x - x
+        return x + y * z[:] + (count * more)[:, None] + (zero * -1.0 + 0.0).atan2(zero - 1)
+""",
+        tmp_path,
+    )
+    assert text.count("* 1.0") == 2  # the order in which the gradients of x are summed is kept
+    assert text.count("+ 0") == 2  # of integers that change later, and of floats
+
+
+def test_rotated_halves_are_one_line(tmp_path: Path) -> None:
+    text = emitted(
+        """
+def rotated(x):
+    first, second = x[..., :4], x[..., 4:]
+    return torch.cat((-second, first), dim=-1)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.angle = nn.Linear(8, 8), nn.Parameter(torch.rand(4, 8))
+    def forward(self, x):
+        x = self.fc(x)
+        x = x * self.angle.cos() + rotated(x) * self.angle.sin()
+        low, high = x[:, :4], x[:, 3:]  # which both give the fourth column a gradient
+        return x + torch.cat((-high, low), dim=-1)[:, :8] * x.sum()
+""",
+        tmp_path,
+    )
+    assert "torch.cat((-fc[:, 4:], fc[:, :4]), dim=-1) * self.angle.sin()" in text
+    assert "y = x[:, :4]" in text
+
+
+PARTS = """
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.0)
+    def forward(self, x):
+        q, k, v = self.qkv(x).split(8, -1)
+        return self.drop(self.out(torch.softmax(q @ k.t(), -1) @ v))
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), Attention()
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer() for _ in range(4))
+    def forward(self, x):
+        for layer in self.layer:
+            x = layer(x)
+        return x
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.encoder = nn.Linear(8, 8), Encoder()
+    def forward(self, x):
+        return self.encoder(self.stem(x))
+"""
+
+
+@pytest.mark.parametrize("last", ["qkv", "out"])
+def test_the_parts_of_a_cut_layer_are_one_class(last: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(HEAD + PARTS)
+    file, program = program_of(path, "model")
+    assert program.blocks is not None
+    names = [block.name for block in program.blocks]
+    place = names.index(f"encoder.layer.2.attn.{last}")
+    stages = split(program, {name: int(i > place) for i, name in enumerate(names)})
+    first, second = compare(file, program, stages)
+    parts = ["Attention", "Layer", "LayerHead", "Stage"]
+    assert re.findall(r"^class (\w+)", first, re.M) == parts
+    assert re.findall(r"^class (\w+)", second, re.M) == ["LayerTail", *parts[:2], "Stage"]
+    assert "self.encoder.layer[1](x)" in first
+    assert f"self.attn.{last} = nn.Linear(" in first
 
 
 def test_the_text_is_the_same_every_time(tmp_path: Path) -> None:

@@ -187,6 +187,20 @@ def test_what_takes_no_time_goes_with_the_operator_it_serves():
     assert len({home[node.name] for node in (first, second, third)}) == 3
 
 
+def test_a_view_of_what_others_read_too_is_made_where_it_is_used():
+    build = Build()
+    table = build.call(build.x)
+    views = [build.call(table, seconds=0.0, alias=(0,)) for _ in range(3)]
+    node = build.x
+    users = []
+    for view in views:
+        users.append(build.call(node, view))
+        node = build.call(users[-1], view)
+    home = block_of(group_blocks(build.program(node)))
+    assert [home[view.name] for view in views] == [home[user.name] for user in users]
+    assert len({home[table.name], *(home[view.name] for view in views)}) == 4
+
+
 def test_thousands_of_nodes_take_little_time():
     import time
 

@@ -22,20 +22,23 @@ def mutated(program: Program) -> set[Storage]:
 def returned_argument(
     program: Program, node: fx.Node, written: Collection[Storage]
 ) -> fx.Node | None:
-    """The argument that the call equals bit for bit, as do its gradients, None if there is none.
+    """The argument that the call equals bit for bit, None if there is none.
 
-    A copy of it does too, unless one of the two is written to.
+    A copy of it does too, unless one of the two is written to. Gradients stay the same to the bit
+    where leaving out the call does not change the order in which three or more are summed.
     """
-    target: Any = node.target
-    name = f"{getattr(target, '_opname', '')}.{getattr(target, '_overloadname', '')}"
+    name = _name(node)
     if name not in _IDENTITIES or node is program.loss:
         return None
+    target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
     defaults = {argument.name: argument.default_value for argument in target._schema.arguments}
     given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     found = _IDENTITIES[name](program, given)
     if found is None or found.op == "get_attr":
         return None  # a parameter itself is no value to send
+    if not (name.startswith("to.") or _sums_stay(program, node, found)):
+        return None
     if program.facts[node.name].out != program.facts[found.name].out:
         return None
     if program.fact(node, "strides") != program.fact(found, "strides"):
@@ -44,6 +47,23 @@ def returned_argument(
         both = {storage_of(program, node.name), storage_of(program, found.name)}
         return None if both & set(written) else found
     return found
+
+
+def _sums_stay(program: Program, node: fx.Node, found: fx.Node) -> bool:
+    """Whether what is given back to the argument is summed as before."""
+    if len(found.users) == 1 or program.fact(node, "requires_grad") != (True,):
+        return True
+    return _uses(found) <= 2
+
+
+def _uses(node: fx.Node) -> int:
+    """How many operators may read a value, or what is the same, at the most."""
+    return sum((_uses(user) if _name(user) in _IDENTITIES else 0) or 1 for user in node.users)
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    return f"{getattr(target, '_opname', '')}.{getattr(target, '_overloadname', '')}"
 
 
 def _same_dtype(program: Program, given: dict[str, Any]) -> fx.Node | None:

@@ -88,8 +88,12 @@ def _tensor_names(program: Program) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     counts: dict[str, int] = {}
-    # Of several the last has the plain name: it is what others read.
-    for node in sorted(reversed(program.graph.nodes), key=lambda n: _is_passed_on(program, n)):
+
+    # Of several the last has the plain name, as it is what others read; but inputs keep theirs.
+    def rank(node: fx.Node) -> tuple[bool, bool]:
+        return node.op != "placeholder", _is_passed_on(program, node)
+
+    for node in sorted(reversed(program.graph.nodes), key=rank):
         if node.op == "placeholder":
             wish = node.name
         elif node.op == "call_function":

@@ -89,17 +89,17 @@ class Shapes:
     def _is_minor(self, region: Region) -> bool:
         """Whether a part of a module says no more by a class of its own.
 
-        It has no parameter and is no layer, it is all that there is of the module around it, it
-        only calls layers, or it is a part of a part of a layer.
+        A layer says less only if nothing but operators is left of it; others if they hold no
+        parameter, are all that there is of the module around them, only call layers, or are parts
+        of a part of a layer.
         """
         reads = (value for node in region.nodes() for value in self.layout.reads(node))
-        calls = any(isinstance(item, Region) for item in region.items)
-        if all(value.op != "get_attr" for value in reads) and not (_is_numbered(region) and calls):
-            return True
+        bare = all(value.op != "get_attr" for value in reads)
+        if _is_numbered(region):
+            return bare and not any(isinstance(item, Region) for item in region.items)
         layers = all(isinstance(item, Region) and _is_numbered(item) for item in region.items)
-        if self.parents[id(region)].items == [region] or (layers and not _is_numbered(region)):
-            return True
-        return not _is_numbered(region) and any(map(_is_numbered, self._parts_around(region)))
+        alone = self.parents[id(region)].items == [region]
+        return bare or layers or alone or any(map(_is_numbered, self._parts_around(region)))
 
     def _parts_around(self, region: Region) -> Iterator[Region]:
         while (region := self.parents[id(region)]) is not self.layout.root:

@@ -90,15 +90,24 @@ class BertIntermediate(nn.Module):  # bert.encoder.layer.0.intermediate (modelin
         return F.gelu(self.dense(x))  # f32[2, 16, 128]
 
 
+class BertLayerHead(nn.Module):  # the beginning of bert.encoder.layer.0 (modeling_bert.py:175)
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = BertAttention()
+        self.intermediate = BertIntermediate()
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        attention = self.attention(x, mask)  # f32[2, 16, 32]
+        return attention, self.intermediate(attention)
+
+
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bert = nn.Module()
         self.bert.embeddings = BertEmbeddings()
         self.bert.encoder = nn.Module()
-        self.bert.encoder.layer = nn.ModuleList([nn.Module()])
-        self.bert.encoder.layer[0].attention = BertAttention()
-        self.bert.encoder.layer[0].intermediate = BertIntermediate()
+        self.bert.encoder.layer = nn.ModuleList([BertLayerHead()])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         embeddings = self.bert.embeddings(input_ids)  # f32[2, 16, 32]
@@ -107,5 +116,5 @@ class Stage(nn.Module):
         rows = torch.arange(16, device=input_ids.device)[None, None, :, None]  # i64[1, 1, 16, 1]
         columns = torch.arange(16, device=input_ids.device)[None, None, None]  # i64[1, 1, 1, 16]
         mask = (rows >= 0) & mask[batch, columns]  # bool[2, 1, 16, 16]
-        attention = self.bert.encoder.layer[0].attention(embeddings, mask)  # f32[2, 16, 32]
-        return mask, attention, self.bert.encoder.layer[0].intermediate(attention)
+        attention, intermediate = self.bert.encoder.layer[0](embeddings, mask)
+        return mask, attention, intermediate

@@ -10,7 +10,7 @@ memory      1005 MiB of 16.0 GiB = weights 287 KiB + gradients 143 KiB + optimiz
             stash 658 KiB + buffers 14.5 KiB + transient 51.0 KiB + reserve 1004 MiB
 
 sends       visual_projection: f32[2, 24], 192 B to stage 1
-sends       input_ids: i64[2, 12], 192 B to stage 1
+sends       input_ids_2: i64[2, 12], 192 B to stage 1
 sends       text_model_embeddings: f32[2, 12, 24], 2.25 KiB to stage 1
 sends       text_model_encoder_layers_0_self_attn_reshape: f32[2, 12, 24], 2.25 KiB to stage 1
 
@@ -127,29 +127,38 @@ class CLIPTextEmbeddings(nn.Module):  # text_model.embeddings (modeling_clip.py:
         return token_embedding + self.position_embedding(index)
 
 
+# the beginning of text_model.encoder.layers.0 (modeling_clip.py:370)
+class CLIPEncoderLayerHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(24)
+        self.self_attn = nn.Module()
+        self.self_attn.q_proj = nn.Linear(24, 24)
+        self.self_attn.k_proj = nn.Linear(24, 24)
+        self.self_attn.v_proj = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer_norm1(x)  # f32[2, 12, 24]
+        q = self.self_attn.q_proj(x)
+        k = self.self_attn.k_proj(x)
+        v = self.self_attn.v_proj(x)
+        q = q.view(2, 12, -1, 6).transpose(1, 2)  # f32[2, 4, 12, 6]
+        k = k.view(2, 12, -1, 6).transpose(1, 2)
+        v = v.view(2, 12, -1, 6).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.408248290463863)
+        return y.transpose(1, 2).reshape(2, 12, -1)  # f32[2, 12, 24]
+
+
 class CLIPTextModelHead(nn.Module):  # the beginning of text_model (modeling_clip.py:248)
     def __init__(self) -> None:
         super().__init__()
         self.embeddings = CLIPTextEmbeddings()
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList([nn.Module()])
-        self.encoder.layers[0].layer_norm1 = nn.LayerNorm(24)
-        self.encoder.layers[0].self_attn = nn.Module()
-        self.encoder.layers[0].self_attn.q_proj = nn.Linear(24, 24)
-        self.encoder.layers[0].self_attn.k_proj = nn.Linear(24, 24)
-        self.encoder.layers[0].self_attn.v_proj = nn.Linear(24, 24)
+        self.encoder.layers = nn.ModuleList([CLIPEncoderLayerHead()])
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         embeddings = self.embeddings(input_ids)  # f32[2, 12, 24]
-        embeddings2 = self.encoder.layers[0].layer_norm1(embeddings)
-        q = self.encoder.layers[0].self_attn.q_proj(embeddings2)
-        k = self.encoder.layers[0].self_attn.k_proj(embeddings2)
-        v = self.encoder.layers[0].self_attn.v_proj(embeddings2)
-        q = q.view(2, 12, -1, 6).transpose(1, 2)  # f32[2, 4, 12, 6]
-        k = k.view(2, 12, -1, 6).transpose(1, 2)
-        v = v.view(2, 12, -1, 6).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.408248290463863)
-        return embeddings, y.transpose(1, 2).reshape(2, 12, -1)
+        return embeddings, self.encoder.layers[0](embeddings)
 
 
 class Stage(nn.Module):
@@ -160,8 +169,8 @@ class Stage(nn.Module):
         self.text_model = CLIPTextModelHead()
 
     def forward(
-        self, input_ids_2: Tensor, pixel_values_2: Tensor
+        self, input_ids: Tensor, pixel_values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        visual_projection = self.visual_projection(self.vision_model(pixel_values_2))  # f32[2, 24]
-        embeddings, y = self.text_model(input_ids_2)  # f32[2, 12, 24] each
-        return visual_projection, input_ids_2, embeddings, y
+        visual_projection = self.visual_projection(self.vision_model(pixel_values))  # f32[2, 24]
+        embeddings, x = self.text_model(input_ids)  # f32[2, 12, 24] each
+        return visual_projection, input_ids, embeddings, x

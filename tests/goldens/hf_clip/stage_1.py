@@ -10,7 +10,7 @@ memory      1004 MiB of 16.0 GiB = weights 103 KiB + gradients 51.7 KiB + optimi
             stash 85.5 KiB + buffers 14.4 KiB + transient 27.0 KiB + reserve 1004 MiB
 
 receives    visual_projection: f32[2, 24], 192 B from stage 0
-receives    input_ids: i64[2, 12], 192 B from stage 0
+receives    input_ids_2: i64[2, 12], 192 B from stage 0
 receives    text_model_embeddings: f32[2, 12, 24], 2.25 KiB from stage 0
 receives    text_model_encoder_layers_0_self_attn_reshape: f32[2, 12, 24], 2.25 KiB from stage 0
 
@@ -110,12 +110,12 @@ class Stage(nn.Module):
     def forward(
         self,
         visual_projection: Tensor,
-        input_ids: Tensor,
+        input_ids_2: Tensor,
         text_model_embeddings: Tensor,
         text_model_encoder_layers_0_self_attn_reshape: Tensor,
     ) -> Tensor:
         text_model = self.text_model(
-            text_model_encoder_layers_0_self_attn_reshape, text_model_embeddings, input_ids
+            text_model_encoder_layers_0_self_attn_reshape, text_model_embeddings, input_ids_2
         )  # f32[2, 24]
         text_projection = self.text_projection(text_model)
         x = visual_projection / (visual_projection**2).sum(-1, keepdim=True) ** 0.5

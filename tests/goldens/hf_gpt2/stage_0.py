@@ -78,16 +78,16 @@ class Stage(nn.Module):
         self.transformer.drop = nn.Dropout(0.1)
         self.transformer.h = nn.ModuleList([GPT2BlockHead()])
 
-    def forward(self, input_ids_2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wte = self.transformer.wte(input_ids_2)  # f32[2, 16, 32]
-        positions = torch.arange(16, device=input_ids_2.device).unsqueeze(0)  # i64[1, 16]
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wte = self.transformer.wte(input_ids)  # f32[2, 16, 32]
+        positions = torch.arange(16, device=input_ids.device).unsqueeze(0)  # i64[1, 16]
         x = wte + self.transformer.wpe(positions)  # f32[2, 16, 32]
         positions2 = positions.expand(2, -1)  # i64[2, 16]
         sums = (positions2.diff(prepend=positions2[:, :1] - 1) != 1).cumsum(-1)
         positions = positions.expand(2, -1)
-        positions2 = torch.arange(16, device=input_ids_2.device)  # i64[16]
-        positions3 = torch.arange(16, device=input_ids_2.device)
-        batch = torch.arange(2, device=input_ids_2.device)[:, None, None, None]  # i64[2, 1, 1, 1]
+        positions2 = torch.arange(16, device=input_ids.device)  # i64[16]
+        positions3 = torch.arange(16, device=input_ids.device)
+        batch = torch.arange(2, device=input_ids.device)[:, None, None, None]  # i64[2, 1, 1, 1]
         rows = positions2[None, None, :, None]  # i64[1, 1, 16, 1]
         columns = positions3[None, None, None]  # i64[1, 1, 1, 16]
         mask = sums[batch, rows] == sums[batch, columns]  # bool[2, 1, 16, 16]

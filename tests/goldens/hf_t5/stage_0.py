@@ -186,7 +186,7 @@ class T5LayerSelfAttentionHead(nn.Module):
         return y, q, k, positions2 - positions
 
 
-# the middle of decoder.block.0.layer.1 (modeling_t5.py:325)
+# the middle of decoder.block.0-1.layer.1 (modeling_t5.py:325)
 class T5LayerCrossAttentionMiddle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -213,14 +213,10 @@ class T5BlockHead(nn.Module):  # the beginning of decoder.block.0 (modeling_t5.p
 class T5BlockMiddle(nn.Module):  # the middle of decoder.block.1 (modeling_t5.py:325)
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.ModuleDict({"1": nn.Module()})
-        self.layer["1"].EncDecAttention = nn.Module()
-        self.layer["1"].EncDecAttention.k = nn.Linear(32, 32, bias=False)
-        self.layer["1"].EncDecAttention.v = nn.Linear(32, 32, bias=False)
+        self.layer = nn.ModuleDict({"1": T5LayerCrossAttentionMiddle()})
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.layer["1"].EncDecAttention.k(x).view(2, 32, -1, 8)  # f32[2, 32, 4, 8]
-        return k, self.layer["1"].EncDecAttention.v(x).view(2, 32, -1, 8)
+        return self.layer["1"](x)  # f32[2, 32, 4, 8] each
 
 
 class T5StackHead(nn.Module):  # the beginning of decoder (modeling_t5.py:678)
@@ -245,11 +241,11 @@ class Stage(nn.Module):
         self.decoder = T5StackHead()
         self.decoder.embed_tokens.weight = self.encoder.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, labels_2: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         encoder = self.encoder(input_ids)  # f32[2, 32, 32]
-        zeros = labels_2.new_zeros(2, 8)  # i64[2, 8]
-        labels_2 = labels_2[:, :-1].clone()  # i64[2, 7]
+        zeros = labels.new_zeros(2, 8)  # i64[2, 8]
+        labels = labels[:, :-1].clone()  # i64[2, 7]
         zeros2 = zeros[:, 1:]
-        zeros2.copy_(labels_2)
+        zeros2.copy_(labels)
         zeros[:, 0].fill_(self.constant_0)
         return self.decoder(zeros.masked_fill_(zeros == -100, 0), encoder)

@@ -231,7 +231,7 @@ class Stage(nn.Module):
 
     def forward(
         self,
-        labels_2: Tensor,
+        labels: Tensor,
         dropout: Tensor,
         block_0_layer_0_layer_norm_mul: Tensor,
         block_0_layer_0_SelfAttention_view_3: Tensor,
@@ -254,4 +254,4 @@ class Stage(nn.Module):
             block_1_layer_1_EncDecAttention_view,
         )  # f32[2, 8, 32]
         lm_head = self.lm_head(decoder * 0.1767766952966369).view(-1, 64)  # f32[16, 64]
-        return F.cross_entropy(lm_head, labels_2.view(-1))  # f32[]
+        return F.cross_entropy(lm_head, labels.view(-1))  # f32[]

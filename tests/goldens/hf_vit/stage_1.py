@@ -74,6 +74,6 @@ class Stage(nn.Module):
         self.vit = ViTModelTail()
         self.classifier = nn.Linear(32, 10)
 
-    def forward(self, labels_3: Tensor, layers_0_add: Tensor, layers_0_dropout_2: Tensor) -> Tensor:
+    def forward(self, labels: Tensor, layers_0_add: Tensor, layers_0_dropout_2: Tensor) -> Tensor:
         classifier = self.classifier(self.vit(layers_0_dropout_2, layers_0_add)[:, 0])  # f32[2, 10]
-        return F.cross_entropy(classifier, labels_3)  # f32[]
+        return F.cross_entropy(classifier, labels)  # f32[]

@@ -173,10 +173,10 @@ class Stage(nn.Module):
         self.register_buffer("constant_0", torch.tensor(62, dtype=torch.int64), persistent=False)
         self.model = WhisperModelHead()
 
-    def forward(self, input_features: Tensor, labels_2: Tensor) -> tuple[Tensor, ...]:
-        zeros = labels_2.new_zeros(2, 12)  # i64[2, 12]
-        labels_2 = labels_2[:, :-1].clone()  # i64[2, 11]
+    def forward(self, input_features: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        zeros = labels.new_zeros(2, 12)  # i64[2, 12]
+        labels = labels[:, :-1].clone()  # i64[2, 11]
         zeros2 = zeros[:, 1:]
-        zeros2.copy_(labels_2)
+        zeros2.copy_(labels)
         zeros[:, 0].fill_(self.constant_0)
         return self.model(input_features, zeros.masked_fill_(zeros == -100, 63))

@@ -162,7 +162,7 @@ class Stage(nn.Module):
 
     def forward(
         self,
-        labels_2: Tensor,
+        labels: Tensor,
         encoder_layers_0: Tensor,
         encoder_layers_1_self_attn_layer_norm: Tensor,
         encoder_layers_1_self_attn_contiguous_4: Tensor,
@@ -178,4 +178,4 @@ class Stage(nn.Module):
             decoder_layers_0_add_2,
             decoder_mask,
         )  # f32[2, 12, 32]
-        return F.cross_entropy(self.proj_out(model).view(-1, 64), labels_2.reshape(-1))  # f32[]
+        return F.cross_entropy(self.proj_out(model).view(-1, 64), labels.reshape(-1))  # f32[]
