@@ -20,9 +20,10 @@ _PUBLIC = {
     "load": ("p2bw.compiler.plan", "read_plan"),
     "verify": ("p2bw.compiler.verify", "verify"),
     "run": ("p2bw.launch", "run"),
+    "sweep": ("p2bw.compiler.sweep", "sweep"),
     "simulate": ("p2bw.compiler.simulation.simulate", "simulate"),
 }
-__all__ = ["__version__", "compile", "load", "opaque", "run", "simulate", "verify"]
+__all__ = ["__version__", "compile", "load", "opaque", "run", "simulate", "sweep", "verify"]
 
 
 def __getattr__(name: str) -> Any:

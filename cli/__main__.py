@@ -1,9 +1,19 @@
 """The command line: `p2bw` and `python -m p2bw`."""
 
-from p2bw import diff, planning, profile, report, simulation, training
+from p2bw import diff, planning, profile, report, simulation, sweeping, training
 from p2bw.app import app
 
-__all__ = ["app", "diff", "main", "planning", "profile", "report", "simulation", "training"]
+__all__ = [
+    "app",
+    "diff",
+    "main",
+    "planning",
+    "profile",
+    "report",
+    "simulation",
+    "sweeping",
+    "training",
+]
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from p2bw.compiler.measured import Profile, choose_topology, read_profile, updat
 from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.options import checked_autocast, checked_recompute, checked_schedule
+from p2bw.compiler.placement.batch import solve_batch
 from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.placement.result import Limits, Placement
@@ -71,6 +72,7 @@ class _Compiler:
     dump_folder: Path | None
     profile: Profile | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    traces: dict[int, Program] = field(default_factory=dict)  # without costs
     programs: dict[int, Program] = field(default_factory=dict)
     problems: dict[int, PlacementProblem] = field(default_factory=dict)
     optimizer: Mapping[TensorType, int] | None = None  # bytes of its state, by type of parameter
@@ -87,11 +89,8 @@ class _Compiler:
     def program(self, batch_size: int) -> Program:
         """The annotated program at one microbatch size, with the same blocks at every size."""
         if batch_size not in self.programs:
-            with self.phase("trace"):
-                self.say(f"tracing {self.file.path.name} at microbatch {batch_size}")
-                program = trace(self.file, batch_size)
-                self._tell(program)
-                self._dump(program)
+            program = self._traced(batch_size)
+            self._dump(program)
             with self.phase("passes"):
                 self.say("annotating costs and memory")
                 program = run_passes(program, pipeline(self.topology.device), after=self._dump)
@@ -105,10 +104,19 @@ class _Compiler:
             self.programs[batch_size] = program
         return self.programs[batch_size]
 
+    def _traced(self, batch_size: int) -> Program:
+        if batch_size not in self.traces:
+            with self.phase("trace"):
+                self.say(f"tracing {self.file.path.name} at microbatch {batch_size}")
+                program = trace(self.file, batch_size)
+                self._tell(program)
+            self.traces[batch_size] = program
+        return self.traces[batch_size]
+
     def _tell(self, program: Program) -> None:
         """Say which classes of modules could not be traced, once."""
         found = dict.fromkeys((c.type_name, c.reason) for c in program.opaque.values())
-        for kind, reason in found if not self.programs else ():
+        for kind, reason in found if not self.traces else ():
             self.say(f"{kind} stays one call of your own module, not traced: {reason}")
 
     def _dump(self, program: Program) -> None:
@@ -257,6 +265,61 @@ def compile_model(
             if problem is not None:
                 write_file(Path(problem), solved.to_json())
     return Compiled(plan=plan, artifact=out, seconds=compiler.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What plans of one model file have in common: each microbatch size is traced once."""
+
+    file: ModelFile
+    weights: Path | None = None  # of a model file that was made from an ONNX file
+    traces: dict[int, Program] = field(default_factory=dict)
+    programs: dict[str, dict[int, Program]] = field(default_factory=dict)  # by device
+
+
+def plan_model(
+    shared: Shared,
+    topology: Topology,
+    *,
+    schedule: str = "2bw",
+    batch: int | None = None,
+    microbatch: int | None = None,
+    recompute: str = "auto",
+    gap: str = DEFAULT_GAP,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Plan:
+    """The plan that `compile_model` would write for the topology.
+
+    With `batch` it is the best one of so many samples per update: how many microbatches of which
+    size that are in each replica is searched, too.
+    """
+    # Times depend on the device, not on how much memory it has.
+    kinds = repr([replace(kind, memory_bytes=1) for kind in topology.kinds])
+    compiler = _Compiler(
+        file=shared.file,
+        weights=shared.weights,
+        topology=topology,
+        schedule=checked_schedule(schedule, None),
+        microbatches=None,
+        clip_norm=None,
+        rules=Rules(),
+        say=progress,
+        dump_folder=None,
+        traces=shared.traces,
+        programs=shared.programs.setdefault(kinds, {}),
+    )
+    policy, limits = checked_recompute(recompute), Limits(gap=parse_gap(gap))
+    depth = width = None
+    if batch is not None:
+        sizes = {microbatch: compiler.problem(microbatch)} if microbatch else compiler.candidates()
+        found = solve_batch(sizes, batch, policy, limits, progress)
+        depth, width, microbatch = found.depth, found.width, found.microbatch
+        compiler.microbatches = found.microbatches_per_update
+        compiler.problems.clear()
+    placement = _place(compiler, depth, width, microbatch, policy, limits)
+    plan, _ = _plan(compiler, placement)
+    check_schedule(plan, make_instance(compiler.problem(placement.microbatch)))
+    return plan
 
 
 def _default_name(path: Path, factory: str) -> str:
