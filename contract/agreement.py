@@ -10,6 +10,7 @@ from p2bw.contract.job import Job, Options
 from p2bw.contract.plan import Plan
 from p2bw.contract.stages import digests
 from p2bw.contract.store import Place, Store
+from p2bw.contract.weightfiles import fingerprint
 
 
 def compare_ranks(job: Job, plan: Plan, options: Options, place: Place, store: Store) -> None:
@@ -18,6 +19,7 @@ def compare_ranks(job: Job, plan: Plan, options: Options, place: Place, store: S
         "checkpoint-every": options.checkpoint_every,
         "checkpoint": options.checkpoint is not None,  # where it is may differ
         "resume": options.resume,
+        "weights": fingerprint(job.weights) if job.weights else None,  # so may these
     }
     own = digests(job.artifact, plan) | {
         "torch": torch.__version__,

@@ -3,6 +3,7 @@
 Of a file only what is asked for is read, and its pages are let go of after each tensor.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 
 _INDEX = ".safetensors.index.json"
+_SAMPLE = 1 << 16  # bytes
+_LONGEST = 100_000_000  # bytes of a header, as safetensors has it
 
 
 class WeightFiles:
@@ -64,6 +67,20 @@ class WeightFiles:
         if tensor.dtype != like.dtype:
             self.casts.add((_dtype(tensor), _dtype(like)))
         return tensor
+
+
+def fingerprint(path: Path) -> str:
+    """What tells one set of weights from another, wherever it lies: of each file the size, what
+    tensors it has, and a sample of its data, as reading all of them on each rank takes long."""
+    digest = hashlib.sha256()
+    for file in sorted(set(_find(path).values())):
+        size = file.stat().st_size
+        with file.open("rb") as data:
+            header = min(int.from_bytes(data.read(8), "little"), _LONGEST)
+            digest.update(f"{file.name} {size}".encode() + data.read(header + _SAMPLE))
+            data.seek(max(0, size - _SAMPLE))
+            digest.update(data.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:

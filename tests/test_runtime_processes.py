@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from handmade import write_artifact
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_runtime import differences
 
 from p2bw.contract.agreement import compare_ranks
@@ -197,6 +197,13 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
     job, options = Job(artifact=same, steps=2), Options()
     moved = Job(artifact=write_artifact(tmp_path / "moved", depth=2), steps=2)
     assert verdicts((job, options), (moved, Options(threads=2, checkpoint=None))) == []
+    folders = [tmp_path / name for name in ("here", "there", "others")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        save_file({"w": torch.full((3, 4), float(number // 2))}, folder / "model.safetensors")
+    here, there, others = (Job(artifact=same, steps=2, weights=folder) for folder in folders)
+    assert verdicts((here, options), (there, options)) == []
+    assert "in --weights;" in verdicts((here, options), (others, options))[0]
     for theirs, own in (
         ((Job(artifact=other, steps=2), options), "stages/stage_1.py"),
         ((Job(artifact=same, steps=2, clip_norm=1.0), options), "--clip-norm"),
