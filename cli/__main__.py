@@ -1,6 +1,6 @@
 """The command line: `p2bw` and `python -m p2bw`."""
 
-from p2bw import diff, planning, profile, report, simulation, sweeping, training
+from p2bw import diff, planning, profile, rehearse, report, simulation, sweeping, training
 from p2bw.app import app
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "main",
     "planning",
     "profile",
+    "rehearse",
     "report",
     "simulation",
     "sweeping",

@@ -15,7 +15,7 @@ from p2bw.compiler.measured import Check, Kind, Timing, block_kind
 from p2bw.compiler.plan import Data
 from p2bw.compiler.program import Block, Program
 from p2bw.measure.cache import Cache
-from p2bw.measure.device import free_bytes, synchronize
+from p2bw.measure.device import clock, free_bytes, synchronize
 from p2bw.measure.segment import Segment, Spans
 from p2bw.measure.tensors import Tensors
 from p2bw.modelfile.load import ModelFile
@@ -140,11 +140,12 @@ def _own_step_s(tensors: Tensors, device: torch.device) -> float:
     """Forward and backward of the user's model as the user wrote it."""
     inputs, targets = tensors.on_device()
     assert tensors.model is not None
+    now = clock(device)
     synchronize(device)
-    start_s = time.perf_counter()
+    start_s = now()
     tensors.file.call(tensors.model, inputs, targets).backward()  # type: ignore[no-untyped-call]
     synchronize(device)
-    return time.perf_counter() - start_s
+    return now() - start_s
 
 
 def _clear(leaves: Iterable[Tensor]) -> None:

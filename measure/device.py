@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -117,16 +118,34 @@ def _overhead(device: torch.device) -> float:
 
 def seconds(call: Callable[[], object], device: torch.device, runs: int = _RUNS) -> float:
     """The median of several runs, after one that warms up."""
-    found = []
+    found, now = [], clock(device)
     for _ in range(1 + runs):
         synchronize(device)
-        start_s = time.perf_counter()
+        start_s = now()
         call()
         synchronize(device)
-        found.append(time.perf_counter() - start_s)
+        found.append(now() - start_s)
     return max(median(found[1:]), 1e-9)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """What to measure with. A single thread on the CPU has a clock of its own, which stands still
+    while another process has its core: a rank will have a core to itself."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """torch computes with so many threads meanwhile, as each rank will."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

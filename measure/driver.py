@@ -18,7 +18,7 @@ from p2bw.compiler.trace import trace
 from p2bw.contract.errors import ModelError, ResourceError, UsageError
 from p2bw.measure.blocks import fits, measure_blocks
 from p2bw.measure.cache import Cache
-from p2bw.measure.device import choose_device, cores, device_name, measure_device
+from p2bw.measure.device import choose_device, cores, device_name, measure_device, using_threads
 from p2bw.measure.links import measure_link
 from p2bw.measure.twin import working_beside
 from p2bw.measure.updates import measure_updates
@@ -57,7 +57,7 @@ def profile_model(
     only = microbatches[0] if len(microbatches) == 1 else None
     with (
         model_source(Path(model), factory, settings or {}, only) as source,
-        _threads(threads),
+        using_threads(threads),
         _out_of_memory(),
     ):
         casts = checked_autocast(autocast)
@@ -163,17 +163,6 @@ def _feed_s(file: ModelFile, batch_size: int) -> float:
             break
         spent.append(time.perf_counter() - start_s)
     return median(spent[1:]) if len(spent) > 1 else 0.0
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many as each rank will have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

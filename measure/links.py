@@ -16,6 +16,10 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from p2bw.contract.plan import TensorSpec
+from p2bw.contract.schedule import Channel, Flow
+from p2bw.runtime.transport import DistributedTransport
+
 _MESSAGE = 1 << 24  # bytes; as large as activations are
 _TIMEOUT_S = 60
 
@@ -23,7 +27,8 @@ _TIMEOUT_S = 60
 def measure_link(device: torch.device) -> tuple[float, float, str] | None:
     """Bytes/s one way, the latency of a small message, and the backend; None without a peer.
 
-    GPUs talk over NCCL, of which there must be two; on the CPU processes talk over gloo.
+    Of the runtime's own transport: over NCCL between two GPUs, through shared memory (gloo, where
+    there is none) between two processes on the CPU.
     """
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         return None
@@ -67,26 +72,33 @@ def main() -> None:
         world_size=2,
         timeout=timedelta(seconds=_TIMEOUT_S),
     )
-    small = _one_way_s(torch.zeros(8, dtype=torch.uint8, device=device), 50)
-    large = _one_way_s(torch.zeros(_MESSAGE, dtype=torch.uint8, device=device), 9)
+    small, large = (_one_way_s(device, size, times) for size, times in ((8, 50), (_MESSAGE, 9)))
     if rank == 0:
         print(json.dumps([_MESSAGE / max(large - small, 1e-9), small]))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def _one_way_s(message: torch.Tensor, times: int) -> float:
-    """Half of there and back, the median."""
+def _one_way_s(device: torch.device, size: int, times: int) -> float:
+    """Half of what a message of some bytes takes there and back, the median."""
+    rank, message = dist.get_rank(), torch.zeros(size, dtype=torch.uint8, device=device)
+    there = Channel(Flow.ACTIVATION, 0, 1, "x")
+    back = Channel(Flow.GRADIENT, 1, 0, "x")
+    spec = TensorSpec("x", (size,), torch.uint8)
+    specs = {there: spec, back: spec}
+    transport = DistributedTransport((there, back), specs, {0: 0, 1: 1}, rank, device, ((0,), (1,)))
     found = []
     for _ in range(2 + times):
         start_s = time.perf_counter()
-        for sender in range(2):
-            if dist.get_rank() == sender:
-                dist.send(message, 1 - sender)
+        for channel in (there, back):
+            if channel.source == rank:
+                transport.send(channel, message)
             else:
-                dist.recv(message, sender)
+                transport.receive(channel).wait()
         if message.is_cuda:
             torch.cuda.synchronize()
         found.append((time.perf_counter() - start_s) / 2)
+    transport.finish()
     return median(found[2:])
 
 

@@ -5,7 +5,6 @@ beside them), so they are never timed alone: marks are set between the blocks of
 Backwards run in the exact reverse order of the forwards, so one mark per block tells them apart.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from p2bw.compiler.interpret import call_opaque
 from p2bw.compiler.program import Block, OpaqueCall, Program, tensor_arguments
+from p2bw.measure.device import clock
 from p2bw.passes.execute import flatten_tensors
 
 
@@ -24,10 +24,11 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
+        self.clock = clock(device)
 
     def now(self) -> Any:
         if not self.on_gpu:
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

@@ -1,0 +1,127 @@
+"""One rank by itself: the runtime's own worker, with nobody at the other ends."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from p2bw.compiler.simulation.job import StageTimes
+from p2bw.contract.errors import ModelError
+from p2bw.contract.plan import TensorSpec
+from p2bw.contract.schedule import Action, Channel, Flow, Kind
+from p2bw.modelfile.microbatch import seeded
+from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage
+from p2bw.runtime.worker import Events, Worker
+
+COMPUTING = (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE, Kind.MERGE, Kind.NORM)
+
+
+class Spans(Events):
+    """The seconds of each computation, by kind and by number of the microbatch or batch."""
+
+    tracing = True
+
+    def __init__(self) -> None:
+        self.seconds: dict[Kind, dict[int, float]] = {kind: {} for kind in COMPUTING}
+
+    def action(self, action: Action, start_s: float, end_s: float) -> None:
+        if action.kind in self.seconds:
+            self.seconds[action.kind][action.index] = end_s - start_s
+
+
+def stage_times(spans: Spans, m: int, warm_up: int) -> StageTimes:
+    """Medians over the batches, of `m` microbatches each, after those that warm up.
+
+    A batch's first backward differs from its others, so that a microbatch is a batch's mean.
+    """
+
+    def per_batch(kind: Kind) -> Mapping[int, float]:
+        sums: dict[int, float] = {}
+        for index, seconds in spans.seconds[kind].items():
+            sums[index // m] = sums.get(index // m, 0.0) + seconds / m
+        return sums
+
+    def middle(batches: Mapping[int, float]) -> float:
+        steady = [seconds for batch, seconds in batches.items() if batch >= warm_up]
+        return median(steady) if steady else 0.0
+
+    per_update = (Kind.UPDATE, Kind.MERGE, Kind.NORM)
+    return StageTimes(
+        forward_s=middle(per_batch(Kind.FORWARD)),
+        backward_s=middle(per_batch(Kind.BACKWARD)),
+        update_s=sum(middle(spans.seconds[kind]) for kind in per_update),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        return self.tensor
+
+
+class _Summed:
+    def wait(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class Alone:
+    """Holds what a transport over NCCL holds, and for as long: a buffer from when a receive is
+    posted, what is sent until the next message on the same channel.
+
+    Numbers that arrive are random and small, so that no loss runs away; integers are zeros, which
+    are valid as indices, and masks are true. Sums over replicas change nothing.
+    """
+
+    specs: Mapping[Channel, TensorSpec]
+    device: torch.device
+    arriving: dict[Channel, Tensor] = field(default_factory=dict)
+    sending: dict[Channel, Tensor] = field(default_factory=dict)
+
+    def send(self, channel: Channel, tensor: Tensor) -> None:
+        self.sending.pop(channel, None)
+        self.sending[channel] = tensor.detach()
+
+    def receive(self, channel: Channel) -> _Posted:
+        spec = self.specs[channel]
+        buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+        if channel.flow is Flow.NORM:
+            return _Posted(buffer.fill_(1.0))
+        if channel.flow is Flow.NORMS:
+            return _Posted(buffer.fill_(-1.0))  # as of parameters without a gradient
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+            return _Posted(buffer.fill_(spec.dtype == torch.bool))
+        scale = 0.1 if channel.flow is Flow.ACTIVATION else 1e-4
+        with seeded("rehearse"):
+            return _Posted(buffer.normal_(std=scale))
+
+    def reduce(self, tensors: Sequence[Tensor]) -> _Summed:
+        return _Summed()
+
+    def finish(self) -> None:
+        self.sending.clear()
+
+
+def stage_alone(prepared: Prepared, stage: int, device: torch.device) -> nn.Module:
+    """A stage with first weights, made without the rest of the model where its code allows that."""
+    try:
+        return initial_stage(prepared, stage, device)
+    except ModelError:  # its code looks at its weights
+        whole = replace(prepared, job=replace(prepared.job, init="whole"))
+        return initial_stage(whole, stage, device)
+
+
+def train_alone(
+    prepared: Prepared, stage: int, device: torch.device, events: Events | None = None
+) -> None:
+    """Run the plan's schedule as the first replica of a stage."""
+    module = stage_alone(prepared, stage, device)
+    transport = Alone(channel_specs(prepared, stage, module), device)
+    rank = prepared.plan.stages[stage].devices[0]
+    worker = Worker(prepared, rank, module, device, transport, events or Events())
+    worker.run()
+    worker.clock.busy_s()  # on a GPU: until it has done all this, and has told
