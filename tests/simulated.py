@@ -30,6 +30,7 @@ def made_plan(
     backward_s: float | Sequence[float] = 2e-3,
     update_s: float = 0.0,  # of one whole update
     size: int = 0,  # bytes of each tensor between stages
+    microbatch: int = 1,
     skips: Sequence[tuple[int, int]] = (),  # more of them, from a stage to a later one
     tied: int | None = None,  # bytes of a parameter of the first and the last stage
     gradients: int = 0,
@@ -93,7 +94,7 @@ def made_plan(
             devices=tuple(ranks[:width]),
         )
 
-    samples = width / period
+    samples = width * microbatch / period
     return Plan(
         p2bw_version="0",
         torch_version="0",
@@ -104,7 +105,7 @@ def made_plan(
         schedule=schedule,
         depth=depth,
         width=width,
-        microbatch=1,
+        microbatch=microbatch,
         microbatches_per_update=m,
         extra_in_flight=extra,
         clip_norm=clip_norm,
