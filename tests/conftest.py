@@ -19,6 +19,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 # Child processes of the tests (torchrun's ranks) share two cores with everything else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # tables are as wide as they need, whatever the terminal
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

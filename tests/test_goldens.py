@@ -5,7 +5,9 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
 from corpus import CORPUS
+from torch.torch_version import TorchVersion
 
 from p2bw.compiler.driver import Compiled
 from p2bw.compiler.plan import Plan
@@ -49,6 +51,8 @@ def _summary(plan: Plan) -> str:
 @pytest.mark.parametrize("name", [architecture.name for architecture in CORPUS])
 def test_plan(name: str, compiled: Callable[[str, int], Compiled], golden: Golden) -> None:
     made = compiled(name, 2)
+    if made.plan.opaque and TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("what an opaque module costs is counted as this torch runs it")
     golden(f"{name}/plan.txt", _summary(made.plan))
     golden(f"{name}/plan.json", _versionless((made.artifact / "plan.json").read_text()))
 

@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.torch_version import TorchVersion
 
 from p2bw.contract.job import Job, Options
 from p2bw.runtime.prepare import initial_stage, prepare
@@ -37,6 +38,8 @@ PEERS = {  # the schedule, and the stages that each of two ranks has
     "InterleavedZeroBubble": (ScheduleInterleavedZeroBubble, ((0, 2), (1, 3))),
     "ZBVZeroBubble": (ScheduleZBVZeroBubble, ((0, 3), (1, 2))),
 }
+if TorchVersion(torch.__version__) < "2.12":
+    del PEERS["ZBVZeroBubble"]  # it wants a rank to send to itself, which gloo refuses
 OURS = ("2bw", "2bw, all on", "flush")
 
 
