@@ -127,6 +127,24 @@ def test_flops_are_those_of_the_tokens_that_are_routed():
         assert program.fact(node, "flops_backward") == 2 * forward
 
 
+def test_attention_inside_is_counted(file_of):
+    program = trace(
+        file_of("""
+class Part(nn.Module):
+    def forward(self, x):
+        q = x.view(1, 1, -1, 8)
+        y = F.scaled_dot_product_attention(q, q, q).view_as(x)
+        return y if y.sum() > 0 else -y
+"""),
+        6,
+    )
+    program = annotate_cost(annotate_autograd(program))
+    (node,) = program.opaque
+    product = 2 * 6 * 6 * 8
+    assert program.fact(node, "flops_forward") == 2 * product
+    assert program.fact(node, "flops_backward") == 5 * product  # the scores once more
+
+
 def test_equal_modules_are_run_once(monkeypatch):
     import p2bw.compiler.opaque as module
 

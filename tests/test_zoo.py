@@ -18,6 +18,7 @@ from p2bw.contract.errors import ModelError
 
 DEPTH, MICROBATCH = 3, 2
 ZOO = ROOT / "tests" / "zoo.py"
+DETR = ROOT / "tests" / "detr.py"
 PAGE = ROOT / "docs" / "models.md"
 KINDS = {
     "causal": "language",
@@ -35,7 +36,7 @@ and the gradient of every parameter. `pytest -m slow tests/test_zoo.py` does it;
 weights random. "Bitwise": not one bit differs. "Opaque": nor does here, and modules that cannot be
 traced are called as they are. "Sums": the last bits of some gradients do, for the
 reason that `p2bw verify` gives, and so much relative to the largest entry. The files named are in
-`examples/`, the others are models of transformers 5.
+`examples/`, the DETR-like one in `tests/`, the others are models of transformers 5.
 
 | model | kind | result | bitwise | largest difference | why |
 | --- | --- | --- | --- | --- | --- |
@@ -84,6 +85,7 @@ def rows(folder: Path) -> Iterator[Row]:
             options = {"factory": example.factory, "microbatch": example.batch}
             name = f"`{example.path.name}`"
             yield judge(name, "example", example.path, folder / example.name, **options)
+    yield judge("DETR-like", "detection", DETR, folder / "detr")
     import zoo  # which takes seconds
 
     for name, (kind, _, _) in zoo.KINDS.items():
@@ -112,6 +114,12 @@ def summary(found: list[Row]) -> str:
 def test_models_of_others_are_exact(name: str, tmp_path: Path) -> None:
     row = judge(name, "", ZOO, tmp_path / "a", settings={"kind": name})
     assert row.status == "bitwise", row
+
+
+def test_a_detector_is_exact_around_its_matching_loss(tmp_path: Path) -> None:
+    row = judge("DETR", "", DETR, tmp_path / "a")
+    assert row.status == "opaque", row
+    assert row.why == "not traced: criterion (SetLoss)"
 
 
 @pytest.mark.slow
