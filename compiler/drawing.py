@@ -121,6 +121,7 @@ def _nodes(
         for unit in drawn
         if unit == plan.model.name or any(other.startswith(f"{unit}.") for other in drawn)
     }
+    foreign = [own.module for own in plan.opaque]
     runs: list[_Run] = []
     # In the program's order, so that no line goes back: what comes again is another node.
     for unit, group in groupby(stage.blocks, lambda name: units_of[module_of(name)]):
@@ -133,7 +134,28 @@ def _nodes(
         else:
             runs.append(run)
     for i, run in enumerate(runs):
-        yield Node(f"s{stage.index}n{i}", run.label), run.blocks
+        inside = [p for p in foreign if any(_is_within(module_of(b), p) for b in run.blocks)]
+        yield Node(f"s{stage.index}n{i}", run.label + _opaque(run, inside)), run.blocks
+
+
+def _opaque(run: "_Run", inside: list[str]) -> str:
+    """What of a run is the user's own code, called as it is."""
+    if not inside:
+        return ""
+    names = dict.fromkeys(_below(run, path) for path in inside)
+    return f" [opaque{': ' if any(names) else ''}{', '.join(filter(None, names))}]"
+
+
+def _below(run: "_Run", path: str) -> str:
+    """A module's path within the layer of a run that it is in: h.4.moe is moe in h.3-h.5."""
+    if _is_within(path, run.first):
+        return path.removeprefix(run.first).removeprefix(".")
+    container = run.first.rpartition(".")[0]
+    return path.removeprefix(f"{container}.").partition(".")[2]
+
+
+def _is_within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import Plan, read_plan
-from p2bw.compiler.problem import PlacementProblem, problem_of
+from p2bw.compiler.problem import Constraints, PlacementProblem, problem_of
 from p2bw.compiler.readers import read_any
 from p2bw.contract.errors import UsageError
 
@@ -29,7 +29,8 @@ def explain_file(
     """Explain the plan of an artifact, or the best placement of a PlacementProblem.
 
     `depth`, `width` and `recompute` narrow down what is solved; an artifact's plan is explained as
-    it is. NoPlanError says what would help where nothing fits.
+    it is, one cut by hand (`--cut-after`) against the best with as many stages. NoPlanError says
+    what would help where nothing fits.
     """
     for name, value in (("depth", depth), ("width", width)):
         if value is not None and value < 1:
@@ -39,6 +40,10 @@ def explain_file(
     problem = _problem(path)
     if plan is not None and recompute is None:
         policy = _policy(plan, problem)
+    if plan is not None and _by_hand(plan):
+        # With its constraints there is no other plan to compare it with.
+        problem = problem.model_copy(update={"constraints": Constraints()})
+        depth, width = depth or plan.depth, width or plan.width
     request = Request(
         (problem,),
         None if depth is None else (depth,),
@@ -79,4 +84,10 @@ def _placed(plan: Plan, recompute: Recompute) -> Placed:
         stage_of_block={name: stage.index for stage in plan.stages for name in stage.blocks},
         recompute=recompute,
         gap=plan.optimality.gap,
+        constraints=plan.constraints if _by_hand(plan) else (),
     )
+
+
+def _by_hand(plan: Plan) -> bool:
+    """Whether the user has said where all of the cuts are."""
+    return any(text.startswith("cut-after ") for text in plan.constraints)

@@ -200,7 +200,9 @@ def _views(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]
     for node in nodes:
         source = _viewed(program, node) if _seconds(program, node) == 0 else None
         users = [user for user in node.users if user.op == "call_function"]
-        if source is None or len(source.users) < 2 or not users or not _is_tensor(program, source):
+        if source is None or len(source.users) < 2 or not users:
+            continue
+        if not (_is_tensor(program, node) and _is_tensor(program, source)):
             continue
         (kind,), (viewed,) = program.facts[node.name].out, program.facts[source.name].out
         if kind.bytes >= viewed.bytes:

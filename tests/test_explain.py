@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from corpus import ROOT
 from test_placement import chain, topology, weighty
 
 from p2bw.compiler.driver import compile_model
@@ -18,6 +19,7 @@ from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.result import Limits
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.problem import TensorCost, Times
+from p2bw.compiler.rules import parse_rules
 from p2bw.compiler.topology import Others, Wire
 from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 
@@ -253,6 +255,42 @@ def test_an_artifact_is_explained_without_torch(artifact):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == artifact.plan.samples_per_s
+
+
+def test_cuts_made_by_hand_are_compared_with_the_best(tmp_path):
+    made = compile_model(
+        ROOT / "examples" / "gpt.py",
+        factory="tiny",
+        device="cpu",
+        gpus=2,
+        microbatch=2,
+        rules=parse_rules(cut_after=["h.0.ln_1"]),
+        out=tmp_path / "gpt",
+    )
+    free = compile_model(
+        ROOT / "examples" / "gpt.py",
+        factory="tiny",
+        device="cpu",
+        gpus=2,
+        depth=2,
+        microbatch=2,
+        gap="0",
+        out=tmp_path / "free",
+    )
+    found = explain_file(made.artifact)
+    assert found.constraints == ("cut-after h.0.ln_1",)
+    assert found.samples_per_s == pytest.approx(made.plan.samples_per_s)
+    assert found.best_samples_per_s == pytest.approx(free.plan.samples_per_s)
+    assert found.best_samples_per_s > 1.2 * found.samples_per_s
+    assert found.best_shape == (2, 1)
+    assert free.plan.stages[0].blocks[-1].partition("#")[0] in found.best_cuts[0]
+    assert [limit.what for limit in found.binding] == ["compute of stage 1"]
+    assert min(move.change for move in found.moves) < 0
+    printed = p2bw("explain", str(made.artifact), cwd=tmp_path).stdout
+    assert "cut by hand" in printed
+    assert "by hand     cut-after h.0.ln_1: the best 2 stages do" in printed
+    again = explain_file(free.artifact)
+    assert not again.constraints
 
 
 def test_the_command_prints_a_table_of_100_columns_or_json(artifact, tmp_path):

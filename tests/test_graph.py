@@ -257,6 +257,25 @@ def test_layers_that_are_alike_and_in_a_row_are_one_node(compiled: Compile) -> N
     assert labels(draw(plan, other))[0] == ["wte", "h.0-h.1", "h.2", "h.3", "part of h.4"]
 
 
+def test_opaque_modules_are_marked(compiled: Compile) -> None:
+    drawing = draw(compiled("moe", 2).plan, problem_of(compiled("moe", 2).artifact))
+    found = [label for own in labels(drawing) for label in own if "[opaque: moe]" in label]
+    assert found == [label for own in labels(drawing) for label in own if "h." in label]
+    assert "[opaque" in dot(drawing)
+    plain = draw(compiled("gpt", 2).plan, problem_of(compiled("gpt", 2).artifact))
+    assert not any("opaque" in label for own in labels(plain) for label in own)
+    plan, problem = synthetic(
+        compiled("gpt", 2), {"stem": 0, "h.0.moe": 0, "h.1.moe": 0, "h.2": 1, "gate": 1}, {}
+    )
+    names = ("h.0.moe", "h.1.moe", "gate")
+    foreign = compiled("moe", 2).plan.opaque[0]
+    own = tuple(foreign.model_copy(update={"module": name}) for name in names)
+    assert labels(draw(plan.model_copy(update={"opaque": own}), problem)) == [
+        ["stem", "h.0-h.1 [opaque: moe]"],
+        ["h.2", "gate [opaque]"],
+    ]
+
+
 def test_a_tensor_with_several_readers_or_that_is_passed_on_has_a_port(compiled: Compile) -> None:
     made = compiled("gpt", 2)
     plan, problem = synthetic(

@@ -201,6 +201,16 @@ def test_a_view_of_what_others_read_too_is_made_where_it_is_used():
     assert len({home[table.name], *(home[view.name] for view in views)}) == 4
 
 
+def test_views_of_several_outputs_stay_with_their_items():
+    build = Build()
+    table = build.call(build.x)
+    halves = build.call(table, seconds=0.0, out=(KIND, KIND), alias=(0, 0))
+    low, high = build.item(halves, 0), build.item(halves, 1)
+    last = build.call(build.call(low, table), high)
+    home = block_of(group_blocks(build.program(last)))
+    assert home[halves.name] == home[low.name] == home[high.name]
+
+
 def test_thousands_of_nodes_take_little_time():
     import time
 

@@ -30,6 +30,7 @@ class Placed:
     stage_of_block: Mapping[str, int]
     recompute: Recompute
     gap: float  # nothing is faster by more than this share
+    constraints: tuple[str, ...] = ()  # of a plan made by hand, explained as if it had none
 
     @property
     def shape(self) -> Shape:
@@ -100,6 +101,8 @@ class Explanation:
     best_shape: tuple[int, int]  # stages, replicas
     gains: tuple[Gain, ...]
     stopped: str  # what ended the explanation early, if anything did
+    best_cuts: tuple[str, ...] = ()  # modules that the best's stages end with, if it is better
+    constraints: tuple[str, ...] = ()  # of the plan, which its best and its moves do not have
 
     def to_json(self) -> dict[str, Any]:
         return {"feasible": True, **asdict(self)}
@@ -134,12 +137,14 @@ def explain(
     gains: tuple[Gain, ...] = ()
     stopped = ""
     best, best_shape = rate, (shape.depth, shape.width)
+    cuts: tuple[str, ...] = ()
     try:
         say("solving again without limits on memory")
         binding += _memory(request, placed, instance, rate, limits)
         base = _solved(request, limits)
         if base.samples_per_s > rate * (1 + TOLERANCE):
             best, best_shape = base.samples_per_s, (base.depth, base.width)
+            cuts = tuple(_cuts(base))
         gains = tuple(find_gains(request, best, limits, say))
     except (TimeLimitError, Interrupted):
         stopped = "a search that found nothing"
@@ -165,7 +170,16 @@ def explain(
         best_shape=best_shape,
         gains=gains,
         stopped=limits.stop.reason if limits.stop() else stopped,
+        best_cuts=cuts,
+        constraints=placed.constraints,
     )
+
+
+def _cuts(placement: Placement) -> Iterator[str]:
+    """Per stage but the last, the module of its last block in the program's order."""
+    for k in range(placement.depth - 1):
+        last = [name for name, stage in placement.stage_of_block.items() if stage == k][-1:]
+        yield last[0].partition("#")[0] if last else ""
 
 
 def _solved(request: Request, limits: Limits, say: Say = lambda message: None) -> Placement:
@@ -240,7 +254,7 @@ def _memory(
     """The stages whose memory keeps a pipeline of this shape from being faster."""
     shape, topology = placed.shape, request.problem.topology
     same = Request(request.problems, (shape.depth,), (shape.width,), placed.recompute, {})
-    if placed.gap:  # what is faster anyway is no merit of memory
+    if placed.gap or placed.constraints:  # what is faster anyway is no merit of memory
         rate = max(rate, _solved(same, limits).samples_per_s)
     for device in topology.kinds:
         topology = with_memory(topology, device, MAX_MEMORY)
