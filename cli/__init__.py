@@ -20,10 +20,23 @@ _PUBLIC = {
     "load": ("p2bw.compiler.plan", "read_plan"),
     "verify": ("p2bw.compiler.verify", "verify"),
     "run": ("p2bw.launch", "run"),
+    "profile": ("p2bw.measure.driver", "profile_model"),
+    "rehearse": ("p2bw.measure.rehearsal", "rehearse"),
     "sweep": ("p2bw.compiler.sweep", "sweep"),
     "simulate": ("p2bw.compiler.simulation.simulate", "simulate"),
 }
-__all__ = ["__version__", "compile", "load", "opaque", "run", "simulate", "sweep", "verify"]
+__all__ = [
+    "__version__",
+    "compile",
+    "load",
+    "opaque",
+    "profile",
+    "rehearse",
+    "run",
+    "simulate",
+    "sweep",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

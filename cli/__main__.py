@@ -1,6 +1,6 @@
 """The command line: `p2bw` and `python -m p2bw`."""
 
-from p2bw import diff, planning, profile, rehearse, report, simulation, sweeping, training
+from p2bw import diff, planning, profiling, rehearsing, report, simulation, sweeping, training
 from p2bw.app import app
 
 __all__ = [
@@ -8,8 +8,8 @@ __all__ = [
     "diff",
     "main",
     "planning",
-    "profile",
-    "rehearse",
+    "profiling",
+    "rehearsing",
     "report",
     "simulation",
     "sweeping",

@@ -4,6 +4,7 @@ import json
 import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from p2bw.compiler.program import Program
 from p2bw.compiler.trace import trace
 from p2bw.contract.errors import InputFileError, UsageError
 from p2bw.measure import blocks as measuring
-from p2bw.measure import driver
+from p2bw.measure import driver, rehearsal
 from p2bw.measure.blocks import measure_blocks
 from p2bw.measure.cache import Cache
 from p2bw.measure.links import measure_link
@@ -67,6 +68,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@cache
 def gpt(batch: int = 2, **settings) -> tuple:
     file = load_model_file(GPT, "tiny", {"dropout": 0.0, "layers": 3, **settings})
     return file, run_passes(trace(file, batch), pipeline(DEVICE.device()))
@@ -101,7 +103,7 @@ def made_up(program: Program, *sizes: int, each_s: float = 1e-3) -> Profile:
     )
 
 
-@pytest.mark.parametrize("name", ["gpt", "resnet", "moe"])
+@pytest.mark.parametrize("name", ["gpt", "resnet", pytest.param("moe", marks=pytest.mark.slow)])
 def test_what_is_timed_computes_the_users_gradients(name):
     """The oracle is the user's own model, run by eager PyTorch."""
     architecture = ARCHITECTURES[name]
@@ -344,6 +346,7 @@ def test_a_twin_works_beside_and_ends_with_its_parent():
     assert twin.poll() is not None
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_compile_takes(tmp_path):
     done = p2bw(
         *("profile", f"{GPT}:tiny", "--set", "layers=2", "--microbatch", "2", "--processes", "1"),
@@ -377,3 +380,10 @@ def test_the_command_writes_what_compile_takes(tmp_path):
 def test_options_that_make_no_sense_are_refused(options, says):
     with pytest.raises(UsageError, match=says):
         driver.profile_model(GPT, factory="tiny", **options)
+
+
+def test_what_the_commands_do_can_be_called():
+    import p2bw as package
+
+    assert package.profile is driver.profile_model
+    assert package.rehearse is rehearsal.rehearse

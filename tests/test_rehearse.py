@@ -18,7 +18,7 @@ from p2bw.contract.schedule import Kind
 from p2bw.measure import rehearsal
 from p2bw.measure.alone import Spans, stage_times, train_alone
 from p2bw.measure.rehearsal import Pair, rehearse
-from p2bw.rehearse import _numbers as numbers
+from p2bw.rehearsing import _numbers as numbers
 from p2bw.runtime.prepare import prepare
 
 EXAMPLES = ROOT / "examples"
@@ -31,15 +31,23 @@ def artifact(folder: Path, name: str = "gpt", **options) -> Path:
     return folder / name
 
 
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory) -> Path:
+    return artifact(tmp_path_factory.mktemp("gpt"))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("gpt", {}),  # tied embeddings
-        ("gpt", {"schedule": "gpipe", "clip_norm": 1.0, "recompute": "always"}),
-        ("gpt", {"gpus": 4, "width": 2, "clip_norm": 1.0}),  # replicas
-        ("resnet", {"microbatches": 4}),  # buffers
-        ("unet", {"gpus": 3, "depth": 3}),  # tensors that skip stages
-        ("hf_bert", {}),  # masks
+        ("gpt", {"gpus": 4, "width": 2, "clip_norm": 1.0}),  # tied embeddings, replicas
+        slow("gpt", {"schedule": "gpipe", "clip_norm": 1.0, "recompute": "always"}),
+        slow("resnet", {"microbatches": 4}),  # buffers
+        slow("unet", {"gpus": 3, "depth": 3}),  # tensors that skip stages
+        slow("hf_bert", {}),  # masks
     ],
 )
 def test_every_stage_does_all_of_its_schedule(tmp_path, name, options):
@@ -56,18 +64,15 @@ def test_every_stage_does_all_of_its_schedule(tmp_path, name, options):
         assert sorted(spans.seconds[Kind.UPDATE]) == [0, 1, 2]
 
 
-def test_the_figures_are_the_plans_and_the_simulation_is_of_the_measured_times(
-    tmp_path, monkeypatch
-):
-    folder = artifact(tmp_path)
-    plan = read_plan(folder)
+def test_the_figures_are_the_plans_and_the_simulation_is_of_the_measured_times(gpt, monkeypatch):
+    plan = read_plan(gpt)
     made_up = [StageTimes(0.03, 0.05, 0.02), StageTimes(0.04, 0.08, 0.01)]
 
     def measured(prepared, plan, stage, device):
         return made_up[stage], 1000 + stage
 
     monkeypatch.setattr(rehearsal, "_rehearsed", measured)
-    found = rehearse(folder)
+    found = rehearse(gpt)
     m = plan.microbatches_per_update
     for k, stage in enumerate(found.stages):
         assert stage.stage == k
@@ -80,7 +85,7 @@ def test_the_figures_are_the_plans_and_the_simulation_is_of_the_measured_times(
         assert stage.peak_bytes == Pair(memory.total - memory.reserve, 1000 + k)
     assert found.period_s.measured == simulate(plan, times=made_up).period_s
     assert found.period_s.predicted == simulate(plan).period_s
-    only = rehearse(folder, stages=[1])
+    only = rehearse(gpt, stages=[1])
     assert [stage.stage for stage in only.stages] == [1]
     mixed = [planned_times(plan, plan.stages[0]), made_up[1]]
     assert only.period_s.measured == simulate(plan, times=mixed).period_s
@@ -97,11 +102,10 @@ def test_times_are_means_of_a_batch_and_medians_of_batches():
     assert times == StageTimes(forward_s=2.0, backward_s=2.0, update_s=0.75)
 
 
-def test_the_peak_holds_what_the_stage_must_have(tmp_path):
-    """At least two versions of the weights, and never what the other stages have."""
-    folder = artifact(tmp_path, device="cpu", clip_norm=None)
-    plan = read_plan(folder)
-    for stage in rehearse(folder, microbatches=2).stages:
+def test_the_peak_holds_what_the_stage_must_have(gpt):
+    """At least two versions of the weights, and not twice of what the plan has."""
+    plan = read_plan(gpt)
+    for stage in rehearse(gpt, microbatches=2).stages:
         memory = plan.stages[stage.stage].memory
         least = memory.weights + memory.optimizer
         assert least < stage.peak_bytes.measured < 2 * (memory.total - memory.reserve)
@@ -137,27 +141,25 @@ def test_a_stage_is_rehearsed_without_the_others_in_memory(tmp_path):
     assert found.peak_bytes.measured < 1 << 20
 
 
-def test_what_makes_no_sense_is_refused(tmp_path):
-    folder = artifact(tmp_path)
+def test_what_makes_no_sense_is_refused(gpt):
     with pytest.raises(UsageError, match="has stages 0 to 1"):
-        rehearse(folder, stages=[2])
+        rehearse(gpt, stages=[2])
     with pytest.raises(UsageError, match="from 1 on"):
-        rehearse(folder, microbatches=0)
+        rehearse(gpt, microbatches=0)
     with pytest.raises(UsageError, match="--device tpu"):
-        rehearse(folder, device="tpu")
+        rehearse(gpt, device="tpu")
 
 
-def test_the_command_prints_a_table(tmp_path):
-    artifact(tmp_path)
-    done = p2bw("rehearse", "gpt", "--stages", "0,1", "--microbatches", "2", cwd=tmp_path)
+def test_the_command_prints_a_table(gpt):
+    done = p2bw("rehearse", "gpt", "--stages", "0,1", "--microbatches", "2", cwd=gpt.parent)
     assert done.returncode == 0, done.stderr
     for word in ("forward", "backward", "update", "memory", "simulated"):
         assert word in done.stdout
     assert "USDT" not in done.stderr
 
 
-def test_results_are_plain_data(tmp_path):
-    result = rehearse(artifact(tmp_path), stages=[1], microbatches=2).to_json()
+def test_results_are_plain_data(gpt):
+    result = rehearse(gpt, stages=[1], microbatches=2).to_json()
     (stage,) = json.loads(json.dumps(result, allow_nan=False))["stages"]
     assert stage["stage"] == 1
     assert stage["compute_s"]["measured"] > 0
