@@ -49,7 +49,6 @@ def test_memory_is_within_a_gigabyte_of_the_figures(
             assert found / paper.GB == pytest.approx(seen, abs=within)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "depth"), [(paper.GPT_2_2B, 8), (paper.GPT_3_8B, 16)])
 def test_the_planner_decides_as_the_paper_s(model: paper.Model, depth: int) -> None:
     assert paper.decide(model, 64, 2048).depth == depth

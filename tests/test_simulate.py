@@ -1,6 +1,7 @@
 """The simulation against closed forms, sums by hand, itself without shortcuts, and the proof."""
 
 import json
+import time
 from collections import defaultdict
 from dataclasses import replace
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import FREE, made_plan
@@ -20,10 +22,12 @@ from p2bw.compiler.simulation.job import PS, StageTimes, make_job
 from p2bw.compiler.simulation.links import Links
 from p2bw.compiler.simulation.simulate import run_whole, simulate
 from p2bw.compiler.simulation.symmetry import Route, Symmetry
-from p2bw.compiler.topology import Level
+from p2bw.compiler.topology import Level, make_topology
+from p2bw.compiler.trace import trace
 from p2bw.contract.check import check
 from p2bw.contract.errors import UsageError
 from p2bw.contract.schedule import Action
+from p2bw.modelfile.load import load_model_file
 
 ports = st.sets(st.integers(0, 3), min_size=1)
 some = settings(max_examples=30, deadline=None)
@@ -266,6 +270,27 @@ def test_jitter_is_the_seed_s_and_slows_down() -> None:
     assert first.cycle_batches is None
 
 
+def test_with_jitter_what_is_told_is_the_run_that_was_asked_for() -> None:
+    plan = made_plan(3, 2, 64)
+    found = simulate(plan, jitter=0.1, batches=20)
+    whole = run_whole(make_job(plan, jitter=0.1, batches=20))
+    assert found.total_s == whole.total / PS
+    mean = (found.total_s - found.start_s - found.drain_s) / (20 * 64)
+    assert found.period_s == pytest.approx(mean, rel=0.06)
+
+
+def test_links_may_be_any_graph() -> None:
+    """A DGX-1: neighbours have one or two wires, others go through the host's switches."""
+    topology = make_topology(cluster="dgx-1")
+    plan = made_plan(8, 1, size=10**8).model_copy(update={"topology": topology.to_json()})
+    found = simulate(plan)
+    assert found.period_s > plan.period_s
+    assert {link.name for link in found.links if link.busy > 0} >= {"GPU0 to GPU1", "GPU1 to GPU0"}
+    pairs = made_plan(4, 2, size=10**6, gradients=10**6)
+    both = simulate(pairs.model_copy(update={"topology": topology.to_json()}))
+    assert both.period_s >= pairs.period_s
+
+
 def test_measured_times_take_the_place_of_the_plan_s() -> None:
     plan = made_plan(3)
     times = [StageTimes(2e-3, 3e-3, 3e-3), StageTimes(1e-3, 1e-3), StageTimes(1e-3, 1e-3)]
@@ -291,16 +316,19 @@ def test_what_does_not_fit_the_plan_is_refused(options: dict[str, Any], message:
         simulate(made_plan(2), **options)
 
 
-def test_many_devices_are_quick() -> None:
-    """3,072 of them, 100 batches: one replica stands for 48, and a few batches for all."""
-    levels = (
-        Level(name="node", size=8, bandwidth=3e11),
-        replace(network, bandwidth=2e11, size=384),
-    )
-    plan = made_plan(64, 48, 64, size=10**7, gradients=10**9, levels=levels)
-    found = p2bw.simulate(plan, batches=100)
+@pytest.mark.slow
+def test_3072_devices_take_less_time_than_tracing_the_model() -> None:
+    """64 stages, 48 replicas, 100 batches: one replica stands for 48, a few batches for all."""
+    levels = make_topology(gpus=3072, cluster="dgx-a100:384").levels
+    plan = made_plan(64, 48, 64, size=10**8, gradients=10**9, forward_s=0.1, levels=levels)
+    file = load_model_file(ROOT / "examples" / "gpt.py", factory="gpt_1t")
+    begin = time.process_time()
+    trace(file, 1)
+    tracing = time.process_time() - begin
+    begin = time.process_time()
+    found = simulate(plan, batches=100)
+    assert time.process_time() - begin < tracing
     assert len(found.devices) == 64
-    assert found.batches == 100
     assert found.total_s > 100 * 64 * found.period_s
 
 

@@ -381,11 +381,11 @@ def make_steps(job: Job, stage: int, number: dict[Channel, int]) -> Iterator[Ste
     """A stage's actions, as the runtime performs them (runtime/worker.py)."""
     pipe = job.pipe
     into = [channel for channel in pipe.channels if channel.target == stage]
-    waits = {kind: _waits(pipe, stage, kind, into) for kind in Kind}
+    waits = {kind: [(number[c], c) for c in _waits(pipe, stage, kind, into)] for kind in Kind}
     for action in actions(pipe, stage):
         duration = job.durations[stage][action.kind] if action.kind in _COMPUTES else 0
         channel = number[action.channel] if action.channel is not None else -1
-        wanted = tuple((number[c], action.index, c) for c in waits[action.kind])
+        wanted = tuple((i, action.index, c) for i, c in waits[action.kind])
         yield Step(action, duration, channel, wanted)
 
 

@@ -13,6 +13,7 @@ from p2bw.contract.errors import UsageError
 
 BATCHES = 10
 _STEADY = 12  # batches after the pipeline is full in which a cycle is looked for
+_JITTERED = 256  # microbatches of which the mean is taken, at least, where there can be none
 
 
 def simulate(
@@ -41,7 +42,7 @@ def simulate(
     )
     steady = find_steady(job)
     if trace is None:
-        whole = _whole(job, steady)
+        whole = whole_run(job, steady)
     else:
         spans = Spans(job)
         whole = run_whole(job, spans.record, spans.usage)
@@ -88,11 +89,14 @@ class Steady:
 def find_steady(job: Job) -> Steady:
     """Simulate until the state comes again; where it does not, take what is between fill and drain.
 
+    With jitter no state does; then a run of many batches goes on to its end, for `whole_run`.
     Actions are the same in every batch but for the first ones, which fill the pipeline, and the
     last, which drain it; so what follows a state that came again is a repetition, too.
     """
     fill = _fill(job)
     last = 2 * fill + _STEADY
+    if job.jitter:
+        last = max(fill - -_JITTERED // job.pipe.microbatches, job.pipe.batches - fill)
     marks: dict[object, Mark] = {}
     found: list[tuple[Mark, Mark]] = []
 
@@ -102,15 +106,16 @@ def find_steady(job: Job) -> Steady:
             key = mark.batch if job.jitter else mark.state
             if key in marks:
                 found.append((marks[key], mark))
-            marks.setdefault(key, mark)
-        return not found and mark.batch < last
+            elif mark.batch <= last:
+                marks[key] = mark
+        return not found and (job.jitter > 0 or mark.batch < last)
 
     engine = Engine(replace(job, pipe=replace(job.pipe, batches=last + fill)), watch=watch)
     engine.run()
     for first, second in found:
         return Steady(engine, first, second, True)
     every = list(marks.values())
-    return Steady(engine, every[fill], every[-1], False)
+    return Steady(engine, every[0 if job.jitter else fill], every[-1], False)
 
 
 def _fill(job: Job) -> int:
@@ -133,12 +138,18 @@ def run_whole(job: Job, record: Record | None = None, usage: Usage | None = None
     """Simulate every batch."""
     engine = Engine(job, record=record, usage=usage)
     engine.run()
+    return _whole(engine)
+
+
+def _whole(engine: Engine) -> Whole:
     total = max(engine.ended)
     return Whole(total, engine.first_close, total - engine.last_forward)
 
 
-def _whole(job: Job, steady: Steady) -> Whole:
-    """Without simulating the batches that only repeat what is known."""
+def whole_run(job: Job, steady: Steady) -> Whole:
+    """Without simulating what is known: batches that only repeat others."""
+    if steady.engine.pipe.batches == job.pipe.batches and steady.engine.going:
+        return _whole(steady.engine)
     cycles = 0
     if steady.exact:
         least = steady.last.batch + _fill(job) + 1
