@@ -30,7 +30,7 @@ from p2bw.contract.schedule import Action
 from p2bw.modelfile.load import load_model_file
 
 ports = st.sets(st.integers(0, 3), min_size=1)
-some = settings(max_examples=30, deadline=None)
+some = settings(max_examples=60, deadline=None)
 node = Level(name="node", size=2, bandwidth=1e9, latency_s=1e-5)
 network = Level(name="network", size=64, bandwidth=1e8, latency_s=1e-4)
 
@@ -72,7 +72,11 @@ def test_2bw_takes_as_long_as_its_slowest_stage(data: st.DataObject, depth: int,
     found = simulate(plan)
     assert found.period_s >= plan.period_s * (1 - 1e-9)
     busiest = max(found.devices, key=lambda device: device.busy)
-    assert busiest.busy == pytest.approx(plan.period_s / found.period_s, rel=1e-6)
+    assert busiest.busy <= 1
+    for device in found.devices:
+        assert device.busy + sum(device.waits.values()) == pytest.approx(1, abs=1e-9)
+    if found.cycle_batches is not None:
+        assert busiest.busy == pytest.approx(plan.period_s / found.period_s, rel=1e-6)
 
 
 def plans() -> st.SearchStrategy[Plan]:
@@ -129,7 +133,7 @@ def spans_of(plan: Plan, **options: Any) -> dict[tuple[int, int], list[tuple[str
     return spans
 
 
-@some
+@settings(max_examples=120, deadline=None)
 @given(plan=plans(), slow=st.one_of(st.none(), st.integers(0, 15)))
 def test_one_replica_stands_for_all_that_do_the_same(plan: Plan, slow: int | None) -> None:
     ranks = plan.depth * plan.width

@@ -7,39 +7,22 @@ so that a simulation is the same everywhere, and a state that comes again goes o
 import heapq
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from p2bw.compiler.links import Network
 from p2bw.compiler.simulation.job import PPM, Job
 from p2bw.compiler.simulation.links import Links
+from p2bw.compiler.simulation.steps import Step, make_steps
 from p2bw.compiler.simulation.symmetry import Symmetry, find_symmetry
-from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline, actions
+from p2bw.contract.schedule import Action, Channel, Kind
 
-# Which messages an action waits for; a norm and a merge: see `_waits`.
-_WAITS = {
-    Kind.FORWARD: Flow.ACTIVATION,
-    Kind.BACKWARD: Flow.GRADIENT,
-    Kind.CLOSE: Flow.LOSS,
-    Kind.UPDATE: Flow.NORM,
-}
-_COMPUTES = (Kind.FORWARD, Kind.BACKWARD, Kind.NORM, Kind.UPDATE, Kind.MERGE)
 _ARRIVAL, _FLOW, _READY = range(3)  # kinds of events, in the order of those at one time
 REPLICAS = "replicas"  # what a rank waits for, if not for a message's flow
 
 Record = Callable[[int, int, Action, int, int], None]  # class, stage, action, from, to (ps)
 Usage = Callable[[int, int, int, int], None]  # class, stage, at (ps), bytes
 Watch = Callable[["Mark"], bool]  # whether to go on
-
-
-class Step(NamedTuple):
-    """An action, and what the engine has to know of it."""
-
-    action: Action
-    duration: int
-    channel: int  # of a send or a receive
-    waits: tuple[tuple[int, int, Channel], ...]  # channels by number, and which of their messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,10 +320,21 @@ class Engine:
             batch,
             now,
             self._state(batch, now),
-            tuple(self.busy),
-            tuple(Counter(waited) for waited in self.waited),
+            tuple(
+                busy if began is None else busy + now - began
+                for busy, began in zip(self.busy, self.began, strict=True)
+            ),
+            tuple(self._waited(p, now) for p in range(len(self.at))),
             tuple(self.links.carried),
         )
+
+    def _waited(self, p: int, now: int) -> Counter[str]:
+        """With the wait that goes on."""
+        waited, message = Counter(self.waited[p]), self.blocked[p]
+        if message is not None:
+            flow = self.pipe.channels[message % len(self.size)].flow if message >= 0 else REPLICAS
+            waited[flow] += now - self.since[p]
+        return waited
 
     def _state(self, batch: int, now: int) -> object:
         """All that decides what comes, counted from now and from the batch."""
@@ -375,30 +369,3 @@ class Engine:
         by_batch = action.channel.per_batch if action.channel else action.kind not in "FB"
         base = batch if by_batch else batch * self.pipe.microbatches
         return action.kind, action.index - base, action.channel
-
-
-def make_steps(job: Job, stage: int, number: dict[Channel, int]) -> Iterator[Step]:
-    """A stage's actions, as the runtime performs them (runtime/worker.py)."""
-    pipe = job.pipe
-    into = [channel for channel in pipe.channels if channel.target == stage]
-    waits = {kind: [(number[c], c) for c in _waits(pipe, stage, kind, into)] for kind in Kind}
-    for action in actions(pipe, stage):
-        duration = job.durations[stage][action.kind] if action.kind in _COMPUTES else 0
-        channel = number[action.channel] if action.channel is not None else -1
-        wanted = tuple((i, action.index, c) for i, c in waits[action.kind])
-        yield Step(action, duration, channel, wanted)
-
-
-def _waits(pipe: Pipeline, stage: int, kind: Kind, into: Sequence[Channel]) -> list[Channel]:
-    """The messages that an action takes, in the order in which the runtime takes them."""
-    sums = pipe.sums(stage) if pipe.clipped else set()
-    tied = [channel for channel in into if channel.flow is Flow.TIED]
-    if kind is Kind.NORM:
-        norms = [channel for channel in into if channel.flow is Flow.NORMS]
-        return [channel for channel in tied if channel.tensor in sums] + norms
-    if kind is Kind.MERGE:
-        return [channel for channel in tied if channel.tensor not in sums]
-    found = [channel for channel in into if channel.flow is _WAITS.get(kind)]
-    if kind is Kind.BACKWARD:  # those of later uses first
-        found.sort(key=lambda channel: -channel.source)
-    return found
