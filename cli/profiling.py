@@ -100,7 +100,7 @@ def print_profile(profile: "Profile", file: str) -> None:
         forward = sum(profile.kinds[kind].forward.median_s for kind in step.blocks.values())
         backward = sum(profile.kinds[kind].backward.median_s for kind in step.blocks.values())
         check = (
-            f"{step.check.ratio:.3f} of the whole model's step"
+            f"{step.check.ratio:.3f} of the whole model's step{_doubt(step.check.ratio)}"
             if step.check
             else "layer by layer: the whole does not fit"
         )
@@ -116,6 +116,12 @@ def print_profile(profile: "Profile", file: str) -> None:
         table.add_row(*map(escape, row))
     out.print(table)
     out.print(escape(f"profile     {file}"))
+
+
+def _doubt(ratio: float) -> str:
+    if 0.9 < ratio < 1.1:
+        return ""
+    return " (far from 1: was something else running? --fresh measures again)"
 
 
 def _longest(profile: "Profile", most: int = 12) -> list[tuple[str, ...]]:

@@ -109,7 +109,6 @@ def _profile(
     steps: list[Step] = []
     kinds: dict[str, Kind] = {}
     program: Program | None = None
-    whole = False
     for size in sorted(set(microbatches or MICROBATCHES)):
         progress(f"tracing {file.path.name} at microbatch {size}")
         try:
@@ -121,7 +120,6 @@ def _profile(
         program = run_passes(traced, pipeline(on.device()))
         whole = fits(program, device, on.processes)
         progress(f"measuring {len(program.blocks or ())} blocks at microbatch {size}")
-
         beside = partial(working_beside, file, size, on.threads, on.processes - 1)
         measured = measure_blocks(file, program, device, cache, beside, whole=whole)
         kinds |= measured.kinds
@@ -135,7 +133,7 @@ def _profile(
         )
     assert program is not None
     progress("measuring weight updates")
-    updates = measure_updates(file, program.parameters.values(), device, whole=whole)
+    updates = measure_updates(file, program, device, cache, beside, whole=whole)
     source = ModelProfile(
         file=file.path.name,
         factory=file.factory,

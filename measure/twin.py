@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from p2bw.contract.errors import P2BWError
+from p2bw.contract.errors import ResourceError
 from p2bw.modelfile.load import ModelFile, load_model_file
 
 _READY = b"ready\n"
@@ -49,7 +49,7 @@ def working_beside(file: ModelFile, batch_size: int, threads: int, others: int) 
         for twin in twins:
             assert twin.stdout is not None
             if twin.stdout.readline() != _READY:
-                raise P2BWError(
+                raise ResourceError(
                     "a process that trains the model beside the one that is measured has ended; "
                     "what it said is above; measure without any: --processes 1"
                 )

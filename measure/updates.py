@@ -1,11 +1,14 @@
 """What a weight update takes: the runtime's own, for parameters of each type."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from p2bw.compiler.program import Attribute, TensorType
+from p2bw.compiler.plan import Data, Number
+from p2bw.compiler.program import Attribute, Program, TensorType
+from p2bw.measure.cache import Cache
 from p2bw.measure.device import seconds
 from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.weights import Updater, Weights
@@ -15,15 +18,38 @@ _BYTES = 1 << 28  # of the parameters of one type that are measured together
 _RUNS = 3
 
 
-def measure_updates(
-    file: ModelFile, parameters: Iterable[Attribute], device: torch.device, *, whole: bool
-) -> Mapping[str, float]:
-    """By type: seconds of one parameter's part of an update.
+class _Found(Data):
+    seconds: dict[str, Number]
 
-    Each type is measured by itself, which small ones like; where there is memory for the `whole`
-    model's update, all are scaled so that they add up to what that takes.
+
+def measure_updates(
+    file: ModelFile,
+    program: Program,
+    device: torch.device,
+    cache: Cache,
+    beside: Callable[[], AbstractContextManager[None]],
+    *,
+    whole: bool,
+) -> dict[str, float]:
+    """By type: seconds of one parameter's part of an update, `beside` what else goes on then.
+
+    Each type is measured by itself; where there is memory for the `whole` model's update, all are
+    scaled so that they add up to what that takes.
     """
-    trainable = [p for p in parameters if p.trainable]
+    trainable = [p for p in program.parameters.values() if p.trainable]
+    names = [f"{p.name} {p.type}" for p in trainable]
+    key = ("updates", whole, file.sha256(), dict(file.settings), *names)
+    kept = cache.get(_Found, key)
+    if kept is None:
+        with beside() if whole else nullcontext():
+            kept = _Found(seconds=_by_type(file, trainable, device, whole))
+        cache.put(key, kept)
+    return dict(kept.seconds)
+
+
+def _by_type(
+    file: ModelFile, trainable: Sequence[Attribute], device: torch.device, whole: bool
+) -> dict[str, float]:
     by_type: dict[TensorType, list[Attribute]] = {}
     for parameter in trainable:
         by_type.setdefault(parameter.type, []).append(parameter)

@@ -215,6 +215,13 @@ def test_blocks_add_up_to_the_whole():
     assert 0.2 < found.check.ratio < 5  # of the same order: a busy machine is no failure
 
 
+def test_blocks_add_up_to_the_median_run():
+    """Each run is disturbed once, each time in another block: no block's median shows that."""
+    runs = [(5.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 5.0)]
+    assert [timing.median_s for timing in measuring._timings(runs)] == pytest.approx([7 / 3] * 3)
+    assert [timing.median_s for timing in measuring._timings([(0.0,), (0.0,)])] == [0.0]
+
+
 def test_compile_uses_the_measured_times(tmp_path):
     _, program = gpt()
     profile = made_up(program, 2)
