@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from p2bw.compiler.placement.evaluate import StageNumbers
-from p2bw.compiler.placement.instance import in_flight
 from p2bw.compiler.placement.result import Placement
 from p2bw.compiler.plan import (
     Memory,
     OpaqueSpec,
-    Schedule,
     Seconds,
     Stage,
     TensorSpec,
@@ -17,7 +15,6 @@ from p2bw.compiler.plan import (
 )
 from p2bw.compiler.program import OpaqueCall, Program, TensorType
 from p2bw.compiler.split import StageGraph, Transfer
-from p2bw.compiler.storage import kept_storages
 from p2bw.contract.plan import describe
 
 
@@ -25,13 +22,8 @@ def describe_stages(
     program: Program,
     cut: Sequence[StageGraph],
     placement: Placement,
-    schedule: Schedule,
-    extra: int = 0,
 ) -> tuple[Stage, ...]:
-    """The stages of the plan: the placement's numbers, and from the graph what it bounds only.
-
-    `extra` microbatches in flight are not in the placement's numbers.
-    """
+    """The stages of the plan, with the placement's numbers."""
     random = _random_calls(program)
     tied = {t.names[0]: t for t in tied_parameters(program, cut)}
     return tuple(
@@ -48,7 +40,7 @@ def describe_stages(
             flops_forward=sum(program.fact(n, "flops_forward") for n in graph.nodes),
             flops_backward=sum(program.fact(n, "flops_backward") for n in graph.nodes),
             compute_s=_seconds(placement.stages[graph.index]),
-            memory=_memory(program, graph, placement, schedule, extra),
+            memory=_memory(placement.stages[graph.index]),
             inputs=graph.inputs,
             arguments=graph.arguments,
             results=graph.results,
@@ -142,47 +134,10 @@ def _seconds(numbers: StageNumbers) -> Seconds:
     )
 
 
-def _memory(
-    program: Program, graph: StageGraph, placement: Placement, schedule: Schedule, extra: int
-) -> Memory:
-    """The placement's bytes, but for the stash: it adds blocks up, here shared storages are one."""
-    numbers = placement.stages[graph.index]
-    m = placement.microbatches_per_update
-    n = in_flight(schedule, graph.index, placement.depth, m)
-    again = placement.recompute[graph.index]
-    made, given = _kept_bytes(program, graph, again)
-    stash = n * given + made if again else n * (made + given)
-    early = 0 if graph.index == placement.depth - 1 else extra
-    # Receives are posted as much earlier, too.
-    posted = sum(t.type.bytes for t in graph.receives)
-    posted += sum(t.type.bytes for t in graph.sends if t.gradient)
-    parts = {
-        "weights": numbers.weights,
-        "gradients": numbers.gradients,
-        "optimizer": numbers.optimizer,
-        "stash": min(stash, numbers.stash) + early * (given if again else made + given),
-        "buffers": numbers.buffers + extra * posted,
-        "transient": numbers.transient,
-        "reserve": numbers.reserve,
-    }
-    return Memory(**parts, total=sum(parts.values()), limit=numbers.limit)
-
-
-def _kept_bytes(program: Program, graph: StageGraph, again: bool) -> tuple[int, int]:
-    """Bytes kept of one microbatch: made in the stage; given to it (received, or its inputs).
-
-    A received tensor that gets a gradient is kept until the backward, even where the stage only
-    passes it on; to compute the forward again, all that was received is.
-    """
-    nodes = frozenset(graph.nodes)
-    given = {t.tensor: t.type.bytes for t in graph.receives if t.gradient or again}
-    made = 0
-    for (kind, maker, _), size in dict(kept_storages(program, nodes)).items():
-        if kind == "tensor" and maker not in nodes:
-            given[maker] = size
-        else:
-            made += size
-    return made, sum(given.values())
+def _memory(numbers: StageNumbers) -> Memory:
+    kinds = ("weights", "gradients", "optimizer", "stash", "buffers", "transient", "reserve")
+    parts = {kind: getattr(numbers, kind) for kind in kinds}
+    return Memory(**parts, total=numbers.total, limit=numbers.limit)
 
 
 def modules_of(program: Program, nodes: Sequence[str]) -> Iterator[str]:

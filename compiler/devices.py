@@ -56,6 +56,11 @@ class Device:
         return self.flops.get(dtype, self.flops["float32"])
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether torch runs a GPU's kernels on it, and allocates by its caching allocator."""
+        return "cpu" not in self.name.lower()
+
+    @property
     def sustained_bandwidth(self) -> float:
         """Bytes/s that a streaming kernel sees."""
         return self.bandwidth_fraction * self.bandwidth

@@ -12,9 +12,10 @@ from p2bw import __version__
 from p2bw.compiler.artifact import check_destination, check_file, write_artifact, write_file
 from p2bw.compiler.describe import describe_stages, opaque_modules, tensor_spec, tied_parameters
 from p2bw.compiler.dump import dump
-from p2bw.compiler.emit import emit_stages
+from p2bw.compiler.emit import emit_stages, with_headers
 from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.measured import Profile, choose_topology, read_profile, update_times
+from p2bw.compiler.memory import with_memory
 from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.options import checked_autocast, checked_recompute, checked_schedule
@@ -32,8 +33,8 @@ from p2bw.compiler.schedule import check_schedule
 from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology
 from p2bw.compiler.trace import trace
-from p2bw.compiler.units import parse_gap
-from p2bw.contract.errors import ModelError, UsageError
+from p2bw.compiler.units import data, parse_gap
+from p2bw.contract.errors import InfeasibleError, ModelError, UsageError
 from p2bw.contract.schedule import most_extra
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
@@ -46,6 +47,8 @@ DEFAULT_GAP = "0.1%"
 # Without --microbatch these sizes are searched, up to what fits. Two are traced, the others lie on
 # the line through them; the plan is then made from a trace at the size that was chosen.
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
+
+_ROUNDS = 8  # of placing again, with more memory set aside each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class _Compiler:
     programs: dict[int, Program] = field(default_factory=dict)
     problems: dict[int, PlacementProblem] = field(default_factory=dict)
     optimizer: Mapping[TensorType, int] | None = None  # bytes of its state, by type of parameter
+    margin: int = 0  # bytes that a stage was seen to need beyond what its blocks add up to
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -146,7 +150,13 @@ class _Compiler:
                     update_s=update_times(self.profile, program) if self.profile else None,
                 )
                 constraints = constraints_of(self.rules, program, problem)
-                self.problems[batch_size] = problem.model_copy(update={"constraints": constraints})
+                blocks = tuple(
+                    b.model_copy(update={"transient_bytes": b.transient_bytes + self.margin})
+                    for b in problem.blocks
+                )
+                self.problems[batch_size] = problem.model_copy(
+                    update={"constraints": constraints, "blocks": blocks}
+                )
         return self.problems[batch_size]
 
     def candidates(self) -> Mapping[int, PlacementProblem]:
@@ -246,11 +256,9 @@ def compile_model(
             profile=measured,
             seconds={"load": round(time.perf_counter() - begin, 3)},
         )
-        placement = _place(compiler, rules.depth or depth, width, source.microbatch, policy, limits)
-        with compiler.phase("emit"):
-            progress(f"writing {placement.depth} stages")
-            plan, stages = _plan(compiler, placement)
-            solved = compiler.problem(placement.microbatch)
+        asked = (rules.depth or depth, width, source.microbatch, policy, limits)
+        plan, stages = _fitting_plan(compiler, lambda: _place(compiler, *asked))
+        solved = compiler.problem(plan.microbatch)
         with compiler.phase("check"):
             progress("proving the schedule")
             check_schedule(plan, make_instance(solved))
@@ -390,6 +398,34 @@ def _place(
     )
 
 
+def _fitting_plan(
+    compiler: _Compiler, place: Callable[[], Placement]
+) -> tuple[Plan, dict[str, str]]:
+    """A plan whose stages fit as they were counted, not only as the placement adds up blocks.
+
+    What it adds up is close and mostly more. Where it was less, and a stage does not fit, all is
+    placed again with what it lacked set aside on every device.
+    """
+    for _ in range(_ROUNDS):
+        placement = place()
+        with compiler.phase("emit"):
+            compiler.say(f"writing {placement.depth} stages")
+            plan, texts = _plan(compiler, placement)
+        lacking = [
+            stage.memory.total - numbers.total
+            for stage, numbers in zip(plan.stages, placement.stages, strict=True)
+            if stage.memory.total > stage.memory.limit
+        ]
+        if not lacking:
+            return plan, texts
+        compiler.margin += max(lacking)
+        compiler.problems.clear()
+    raise InfeasibleError(
+        f"no placement was found whose stages fit into memory as they were counted: the last one "
+        f"lacks {data(max(lacking))}; offer more devices, more memory or a smaller microbatch"
+    )
+
+
 def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, str]]:
     program = compiler.program(placement.microbatch)
     cut = split(program, placement.stage_of_block, placement.relayed)
@@ -397,9 +433,6 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
     late = placement.width > 1 or compiler.clip_norm is not None
     m = placement.microbatches_per_update
     extra = min(1, most_extra(compiler.schedule, placement.depth, m, late))
-    stages = describe_stages(program, cut, placement, compiler.schedule, extra)
-    if any(stage.memory.total > stage.memory.limit for stage in stages):
-        extra, stages = 0, describe_stages(program, cut, placement, compiler.schedule)
     plan = Plan(
         p2bw_version=__version__,
         torch_version=torch.__version__.partition("+")[0],
@@ -426,11 +459,17 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         ),
         inputs=tuple(tensor_spec(name, kind) for name, kind in program.inputs.items()),
         tied=tied_parameters(program, cut),
-        stages=stages,
+        stages=describe_stages(program, cut, placement),
         opaque=opaque_modules(program, cut),
         notes=program.notes,
     )
-    return plan, emit_stages(program, cut, plan)
+    texts = emit_stages(program, cut)
+    with compiler.phase("memory"):
+        compiler.say("counting memory")
+        plan = with_memory(
+            plan, program, cut, texts, compiler.file, compiler.topology.device.on_gpu
+        )
+    return plan, with_headers(texts, program, plan)
 
 
 def _model_source(compiler: _Compiler, program: Program) -> ModelSource:

@@ -31,7 +31,7 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
         trainable = list(first.values())
     if not trainable:
         return MappingProxyType({})
-    with FakeTensorMode(), _OnesForNumbers():  # type: ignore[no-untyped-call]
+    with FakeTensorMode(), OnesForNumbers():  # type: ignore[no-untyped-call]
         fakes = {
             p: nn.Parameter(
                 torch.empty(p.type.shape, dtype=torch.float32 if _has_master(p) else p.type.dtype)
@@ -62,7 +62,7 @@ def optimizer_bytes(file: ModelFile, parameters: Iterable[Attribute]) -> Mapping
     return MappingProxyType(sizes)
 
 
-class _OnesForNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OnesForNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets an optimizer look at numbers (Adafactor scales its steps by norms): all are 1."""
 
     def __torch_dispatch__(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -56,14 +56,20 @@ def stage_path(artifact: Path, index: int) -> Path:
     return artifact / "stages" / f"stage_{index}.py"
 
 
+class Lender(Protocol):
+    """Has the user's own modules, or what stands for them."""
+
+    def blank(self, path: str) -> nn.Module: ...
+
+
 # Where a stage that is being made takes the user's own modules from.
-_own: ContextVar[OwnModules | None] = ContextVar("own", default=None)
+_own: ContextVar[Lender | None] = ContextVar("own", default=None)
 
 
 @contextmanager
-def lending(file: ModelFile | None) -> Iterator[None]:
+def lending(source: ModelFile | Lender | None) -> Iterator[None]:
     """Stages that are made in here take the user's own modules from this model file."""
-    before = _own.set(OwnModules(file) if file is not None else None)
+    before = _own.set(OwnModules(source) if isinstance(source, ModelFile) else source)
     try:
         yield
     finally:
@@ -113,10 +119,10 @@ def _check_result(
         )
 
 
-def load_stage(artifact: Path, index: int, file: ModelFile | None = None) -> nn.Module:
+def load_stage(artifact: Path, index: int, source: ModelFile | Lender | None = None) -> nn.Module:
     """A new Stage from an artifact's stage file, with weights that mean nothing yet.
 
-    `file` is the artifact's model file, for modules of the user's own; looked for if not given.
+    `source` is the artifact's model file, for modules of the user's own; looked for if not given.
     """
     path = stage_path(artifact, index)
     name = f"_p2bw_stage_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
@@ -128,7 +134,7 @@ def load_stage(artifact: Path, index: int, file: ModelFile | None = None) -> nn.
     try:
         loader.exec_module(module)
         # What is drawn is thrown away.
-        with lending(file), torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
+        with lending(source), torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
             stage = module.Stage()
     except FileNotFoundError:
         raise InputFileError(f"{artifact} has no stages/{path.name}; compile it anew") from None

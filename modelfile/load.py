@@ -139,6 +139,10 @@ class ModelFile:
             f"torch.optim.lr_scheduler, or None"
         )
 
+    def _synthetic(self, batch_size: int, seed: str) -> tuple[Any, Any]:
+        with seeded(seed):
+            return self.inputs(batch_size), self.targets(batch_size)
+
     def data(self, batch_size: int, seed: int) -> Iterator[tuple[Any, Any]]:
         """Microbatches (inputs, targets): the user's, else endless synthetic ones.
 
@@ -149,9 +153,7 @@ class ModelFile:
         function = self.function("data")
         if function is None:
             for index in count():
-                with seeded(f"{seed}:{index}"):
-                    microbatch = self.inputs(batch_size), self.targets(batch_size)
-                yield microbatch
+                yield self._synthetic(batch_size, f"{seed}:{index}")  # and keep none of it
         with self.code.running("data()"):
             microbatches = iter(function(batch_size, seed))  # type: ignore[misc]
         with_targets = self.function("targets") is not None

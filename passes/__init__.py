@@ -24,7 +24,7 @@ class Pass:
 def pipeline(device: Device) -> tuple[Pass, ...]:
     """All passes in their order; `device` is the slowest kind that the program will run on."""
     return (
-        Pass("annotate_autograd", annotate_autograd, ("trace",)),
+        Pass("annotate_autograd", partial(annotate_autograd, on_gpu=device.on_gpu), ("trace",)),
         Pass("annotate_cost", annotate_cost, ("annotate_autograd",)),
         Pass("annotate_time", partial(annotate_time, device=device), ("annotate_cost",)),
         Pass("group_blocks", group_blocks, ("annotate_autograd", "annotate_time")),

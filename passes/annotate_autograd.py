@@ -26,6 +26,7 @@ from p2bw.passes.execute import (
     storage_of,
     tensor_index,
 )
+from p2bw.passes.kernels import Workspaces, kernels_of, replaced
 
 _NOT_DIFFERENTIABLE_VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
 
@@ -77,10 +78,13 @@ class _Observation:
     random_calls: int
 
 
-def annotate_autograd(program: Program) -> Program:
-    """Find out per node: gradients, aliases, writes in place, saved tensors, random operators."""
+def annotate_autograd(program: Program, *, on_gpu: bool = False) -> Program:
+    """Find out per node: gradients, aliases, writes in place, saved tensors, random operators.
+
+    Saved is what a GPU's kernels save, or a CPU's; all else is as the program runs on the CPU.
+    """
     results: dict[str, _Result] = {}
-    observed: dict[Call, _Observation] = {}
+    observed = _Observed(on_gpu)
     with FakeTensorMode():
         for node in program.graph.nodes:
             if node.op == "call_function":
@@ -111,7 +115,7 @@ def _call(
     program: Program,
     node: fx.Node,
     results: dict[str, _Result],
-    observed: dict[Call, _Observation],
+    observed: "_Observed",
 ) -> _Result:
     arguments = tensor_arguments(node)
     if node.target is getitem and not isinstance(results[arguments[0].name].structure, int):
@@ -202,14 +206,22 @@ def _observe(
     program: Program,
     node: fx.Node,
     inputs: tuple[_Value, ...],
-    observed: dict[Call, _Observation],
+    observed: "_Observed",
 ) -> _Observation:
     metas = tuple(value.meta for value in inputs)
     call = describe_call(node, metas, program.facts[node.name].context)
     if call not in observed:
         with program.entering(node):
-            observed[call] = _run(node, call)
+            observed[call] = _run(node, call, observed.on_gpu)
     return observed[call]
+
+
+class _Observed(dict[Call, _Observation]):
+    """Every call that has been run, for one kind of device."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        super().__init__()
+        self.on_gpu = on_gpu
 
 
 class _CountRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -224,7 +236,27 @@ class _CountRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _run(node: fx.Node, call: Call) -> _Observation:
+def _run(node: fx.Node, call: Call, on_gpu: bool) -> _Observation:
+    with _plain_recurrence(), _CountRandom() as random:
+        tensors, result, kept = _invoke(node, call)
+    results = list(flatten_tensors(result))
+    owner = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
+    outputs = tuple(_Output(_meta(tensor), owner.get(storage_of(tensor))) for tensor in results)
+    saved = tuple(classify_saved(kept, tensors, results))
+    with kernels_of(on_gpu), Workspaces():  # type: ignore[no-untyped-call]
+        if replaced(node.target, on_gpu):
+            tensors, again, kept = _invoke(node, call)
+            saved = tuple(classify_saved(kept, tensors, [*flatten_tensors(again)]))
+    return _Observation(
+        outputs=outputs,
+        structure=tensor_index(result, lambda item: isinstance(item, Tensor)),
+        saved=saved,
+        random_calls=random.calls,
+    )
+
+
+def _invoke(node: fx.Node, call: Call) -> tuple[tuple[Tensor, ...], Any, list[Tensor]]:
+    """A node's arguments, its result, and what autograd saves."""
     tensors = make_inputs(call, "cpu").tensors
     for tensor, meta in zip(tensors, call.tensors, strict=True):
         tensor.untyped_storage().resize_(meta.storage_bytes)
@@ -234,21 +266,8 @@ def _run(node: fx.Node, call: Call) -> _Observation:
         kept.append(tensor)
         return tensor
 
-    with (
-        _plain_recurrence(),
-        saved_tensors_hooks(pack, lambda tensor: tensor),
-        _CountRandom() as random,
-    ):
-        result = invoke(node, tensors, "cpu")
-    results = list(flatten_tensors(result))
-    owner = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
-    outputs = tuple(_Output(_meta(tensor), owner.get(storage_of(tensor))) for tensor in results)
-    return _Observation(
-        outputs=outputs,
-        structure=tensor_index(result, lambda item: isinstance(item, Tensor)),
-        saved=tuple(classify_saved(kept, tensors, results)),
-        random_calls=random.calls,
-    )
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        return tensors, invoke(node, tensors, "cpu"), kept
 
 
 @contextmanager

@@ -170,8 +170,11 @@ def _unshared(gradients: dict[str, Tensor], adopted: Sequence[Tensor]) -> dict[s
 
 
 def _place(gradient: Tensor) -> int | None:
-    """Where the gradient's memory begins; a sparse one's is shared with nobody."""
-    return gradient.untyped_storage().data_ptr() if gradient.layout is torch.strided else None
+    """Which memory the gradient lies in; a sparse one's is shared with nobody."""
+    if gradient.layout is not torch.strided:
+        return None
+    identity: int = gradient.untyped_storage()._cdata
+    return identity
 
 
 def _edges(results: Mapping[str, Tensor]) -> dict[str, GradientEdge]:

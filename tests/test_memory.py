@@ -1,13 +1,14 @@
 """What a stage really keeps in memory, against what its plan counts."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from corpus import CORPUS
 from torch import Tensor
 
-from p2bw.compiler.driver import Compiled
+from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.contract.job import Job
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.local import Trained, train_in_threads
@@ -70,11 +71,13 @@ def run_and_measure(
     ],
 )
 def test_a_stage_keeps_what_its_plan_counts(
-    name: str, compiled: Callable[[str, int], Any], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the byte: the stash of all microbatches in flight, two versions of the weights and never a
     third, and the optimizer's state but for its counters."""
-    made = compiled(name, 3)
+    (example,) = (example for example in CORPUS if example.name == name)
+    options = {"gpus": 3, "depth": 3, "device": "cpu", "microbatch": example.batch}
+    made = compile_model(example.path, factory=example.factory, out=tmp_path / name, **options)
     stash, trained = run_and_measure(made, monkeypatch)
     assert stash == {stage.index: stage.memory.stash for stage in made.plan.stages}
     for worker, stage in zip(trained.workers, made.plan.stages, strict=True):

@@ -36,9 +36,18 @@ def emit_stage(
         else:
             blocks.append("\n".join(writer.text()))
     code = "\n\n\n".join(blocks) + "\n"
+    text = f'"""Stage {stage.index} of {depth}."""\n\n{_imports(code)}\n\n\n{code}'
+    return titled(text, header) if header else _checked(text)
+
+
+def titled(text: str, header: str | StageHeader) -> str:
+    """A stage's source with other words at its top."""
     words = format_header(header) if isinstance(header, StageHeader) else header
-    title = words or f"Stage {stage.index} of {depth}."
-    text = f'"""{title}"""\n\n{_imports(code)}\n\n\n{code}'
+    _, _, code = text.partition('"""\n\n')
+    return _checked(f'"""{words}"""\n\n{code}')
+
+
+def _checked(text: str) -> str:
     check(text)
     return text
 

@@ -7,7 +7,7 @@ forward     228 us, 2.92 MFLOP
 backward    299 us, 5.83 MFLOP, busy 78.0 % of the period
 memory      750 MiB of 16.0 GiB
             = weights 733 KiB + gradients 366 KiB + optimizer 733 KiB + stash 220 KiB +
-            buffers 183 KiB + transient 16.0 KiB + reserve 748 MiB
+            buffers 163 KiB + transient 294 KiB + reserve 748 MiB
 
 receives    down_0: f32[2, 8, 16, 16], 16.0 KiB from stage 0
 receives    down_1: f32[2, 16, 8, 8], 8.00 KiB from stage 0

@@ -1,0 +1,87 @@
+"""The peak memory that a plan promises for each stage, against what torch's allocator reports."""
+
+from pathlib import Path
+
+import pytest
+from memory import CASES, Case, compiled
+from peaks import measure_peaks, planned_peaks
+
+from p2bw.compiler.driver import compile_model
+from p2bw.compiler.plan import Plan
+
+PERCEPTRON = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(6)))
+
+def model():
+    return Net()
+
+def inputs(batch_size):
+    return (torch.randn(batch_size, 512),)
+
+def targets(batch_size):
+    return (torch.randn(batch_size, 512),)
+
+def loss(outputs, targets):
+    return nn.functional.mse_loss(outputs, targets)
+
+def optimizer(params):
+    return torch.optim.OPTIMIZER
+"""
+QUICK = ("GPT", "ResNet")
+
+
+def check(case: Case, recompute: str, folder: Path) -> None:
+    plan, artifact = compiled(case, recompute, folder)
+    assert {stage.recompute for stage in plan.stages} == {recompute == "always"}
+    near(plan, artifact)
+
+
+def near(plan: Plan, artifact: Path) -> None:
+    """No more than 2 % under the truth, nor 5 % over."""
+    for said, true in zip(planned_peaks(plan), measure_peaks(artifact), strict=True):
+        assert -0.02 <= said / true - 1 <= 0.05, (said, true)
+
+
+@pytest.mark.parametrize(
+    ("case", "recompute"),
+    [
+        pytest.param(
+            case,
+            recompute,
+            id=f"{case.name}-{recompute}",
+            marks=() if case.name in QUICK and recompute == "never" else pytest.mark.slow,
+        )
+        for case in CASES
+        for recompute in ("never", "always")
+    ],
+)
+def test_the_peak_of_every_stage_is_as_planned(case: Case, recompute: str, tmp_path: Path) -> None:
+    if case.example.startswith("hf_"):
+        pytest.importorskip("transformers")
+    check(case, recompute, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("SGD(params, lr=0.1)", {}),
+        ("SGD(params, lr=0.1, momentum=0.9)", {"microbatches": 3}),
+        ("Adam(params)", {"clip_norm": 1.0}),
+        ("AdamW(params)", {"width": 2, "gpus": 4}),
+        ("Adagrad(params)", {"schedule": "flush"}),
+        ("AdamW(params)", {"schedule": "gpipe", "microbatches": 4}),
+        ("AdamW(params)", {"schedule": "stash"}),
+    ],
+)
+def test_the_peak_under_other_schedules_and_optimizers(
+    optimizer: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(PERCEPTRON.replace("OPTIMIZER", optimizer))
+    given = {"gpus": 2, "depth": 2, "microbatch": 256, "device": "cpu", **options}
+    made = compile_model(tmp_path / "net.py", out=tmp_path / "out", **given)
+    near(made.plan, made.artifact)
