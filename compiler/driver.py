@@ -324,9 +324,9 @@ def plan_model(
         depth, width, microbatch = found.depth, found.width, found.microbatch
         compiler.microbatches = found.microbatches_per_update
         compiler.problems.clear()
-    placement = _place(compiler, depth, width, microbatch, policy, limits)
-    plan, _ = _plan(compiler, placement)
-    check_schedule(plan, make_instance(compiler.problem(placement.microbatch)))
+    asked = (depth, width, microbatch, policy, limits)
+    plan, _ = _fitting_plan(compiler, lambda: _place(compiler, *asked))
+    check_schedule(plan, make_instance(compiler.problem(plan.microbatch)))
     return plan
 
 

@@ -57,7 +57,7 @@ class DeviceProfile(Data):
         for matmul in self.matmuls:
             flops[matmul.dtype] = max(matmul.flops_per_s, flops.get(matmul.dtype, 0.0))
         return Device(
-            name=f"measured: {self.name}",
+            name=f"measured: {self.name}" + " (cpu)" * (self.type == "cpu"),
             memory_bytes=self.memory_bytes,
             flops=flops,
             bandwidth=self.bandwidth,

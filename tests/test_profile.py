@@ -233,7 +233,7 @@ def test_compile_uses_the_measured_times(tmp_path):
     )
     plan = compiled.plan
     assert plan.microbatch == 2  # the one that was measured
-    assert plan.topology["device"]["name"] == "measured: a core"
+    assert plan.topology["device"]["name"] == "measured: a core (cpu)"
     kinds = profile.steps[0].blocks
     for stage in plan.stages:
         times = [profile.kinds[kinds[name]] for name in stage.blocks]

@@ -7,7 +7,7 @@ parameters  13.5 k
 forward     220 us, 511 kFLOP
 backward    175 us, 1.02 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 106 KiB + gradients 52.8 KiB + optimizer 52.8 KiB +
-            stash 51.3 KiB + buffers 23.3 KiB + transient 10.0 KiB + reserve 1004 MiB
+            stash 51.3 KiB + buffers 23.3 KiB + transient 58.7 KiB + reserve 1004 MiB
 
 receives    transitions_0: f32[2, 16, 4, 4], 2.00 KiB from stage 0
 receives    x_1_layers_0: f32[2, 8, 4, 4], 1.00 KiB from stage 0

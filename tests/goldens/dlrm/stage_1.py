@@ -6,7 +6,7 @@ parameters  1.50 k
 forward     60.0 us, 7.39 kFLOP
 backward    55.0 us, 14.8 kFLOP, busy 100.0 % of the period
 memory      1004 MiB of 16.0 GiB = weights 11.8 KiB + gradients 5.88 KiB + stash 1.88 KiB +
-            buffers 1.31 KiB + transient 1.26 KiB + reserve 1004 MiB
+            buffers 1.38 KiB + transient 23.1 KiB + reserve 1004 MiB
 
 receives    bottom_4: f32[2, 8], 64 B from stage 0
 receives    tables_0: f32[2, 8], 64 B from stage 0

@@ -4,9 +4,9 @@ wte, wpe, drop, h.0, h.1.ln_1, h.1.attn, h.1.ln_2, h.1.mlp
 
 parameters  120 k
 forward     156 us, 29.4 MFLOP
-backward    166 us, 58.7 MFLOP, busy 97.0 % of the period
-memory      1012 MiB of 16.0 GiB = weights 941 KiB + gradients 470 KiB + optimizer 941 KiB +
-            stash 5.73 MiB + buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
+backward    165 us, 58.7 MFLOP, busy 97.0 % of the period
+memory      1010 MiB of 16.0 GiB = weights 941 KiB + gradients 470 KiB + optimizer 941 KiB +
+            stash 3.15 MiB + buffers 224 KiB + transient 376 KiB + reserve 1004 MiB
 
 sends       x_1_add: f32[2, 64, 64], 32.0 KiB to stage 1
 sends       x_1_mlp: f32[2, 64, 64], 32.0 KiB to stage 1

@@ -4,9 +4,9 @@ h.2-3, ln_f, head, loss
 
 parameters  116 k
 forward     156 us, 33.6 MFLOP
-backward    173 us, 67.1 MFLOP, busy 99.1 % of the period
+backward    172 us, 67.1 MFLOP, busy 99.1 % of the period
 memory      1008 MiB of 16.0 GiB = weights 910 KiB + gradients 455 KiB + optimizer 910 KiB +
-            stash 2.13 MiB + buffers 192 KiB + transient 256 KiB + reserve 1004 MiB
+            stash 1.29 MiB + buffers 288 KiB + transient 353 KiB + reserve 1004 MiB
 
 receives    x_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
 receives    x_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0

@@ -6,7 +6,7 @@ parameters  20.1 k
 forward     121 us, 1.31 MFLOP
 backward    121 us, 2.62 MFLOP, busy 99.8 % of the period
 memory      1004 MiB of 16.0 GiB = weights 157 KiB + gradients 78.6 KiB + optimizer 157 KiB +
-            stash 149 KiB + buffers 61.0 KiB + transient 32.0 KiB + reserve 1004 MiB
+            stash 119 KiB + buffers 77.0 KiB + transient 70.1 KiB + reserve 1004 MiB
 
 receives    mask: bool[2, 1, 16, 16], 512 B from stage 0
 receives    encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB from stage 0

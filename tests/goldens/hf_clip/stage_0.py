@@ -7,7 +7,7 @@ parameters  36.7 k
 forward     216 us, 2.33 MFLOP
 backward    227 us, 4.26 MFLOP, busy 99.2 % of the period
 memory      1005 MiB of 16.0 GiB = weights 287 KiB + gradients 143 KiB + optimizer 287 KiB +
-            stash 658 KiB + buffers 14.5 KiB + transient 51.0 KiB + reserve 1004 MiB
+            stash 658 KiB + buffers 9.79 KiB + transient 149 KiB + reserve 1004 MiB
 
 sends       visual_projection: f32[2, 24], 192 B to stage 1
 sends       input_ids_2: i64[2, 12], 192 B to stage 1

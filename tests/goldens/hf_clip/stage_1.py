@@ -7,7 +7,7 @@ parameters  13.2 k
 forward     240 us, 611 kFLOP
 backward    206 us, 1.22 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 103 KiB + gradients 51.7 KiB + optimizer 103 KiB +
-            stash 85.5 KiB + buffers 14.4 KiB + transient 27.0 KiB + reserve 1004 MiB
+            stash 85.5 KiB + buffers 14.4 KiB + transient 83.8 KiB + reserve 1004 MiB
 
 receives    visual_projection: f32[2, 24], 192 B from stage 0
 receives    input_ids_2: i64[2, 12], 192 B from stage 0

@@ -7,7 +7,7 @@ parameters  18.9 k
 forward     141 us, 1.25 MFLOP
 backward    146 us, 2.49 MFLOP, busy 96.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 148 KiB + gradients 74.0 KiB + optimizer 148 KiB +
-            stash 233 KiB + buffers 109 KiB + transient 48.0 KiB + reserve 1004 MiB
+            stash 203 KiB + buffers 125 KiB + transient 59.5 KiB + reserve 1004 MiB
 
 receives    mask: bool[2, 1, 16, 16], 512 B from stage 0
 receives    h_0_add: f32[2, 16, 32], 4.00 KiB from stage 0

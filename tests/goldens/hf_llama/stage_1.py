@@ -6,7 +6,7 @@ parameters  14.4 k
 forward     236 us, 983 kFLOP
 backward    256 us, 1.97 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 113 KiB + gradients 56.4 KiB + optimizer 113 KiB +
-            stash 119 KiB + buffers 27.0 KiB + transient 36.0 KiB + reserve 1004 MiB
+            stash 120 KiB + buffers 23.0 KiB + transient 29.0 KiB + reserve 1004 MiB
 
 receives    mask: bool[2, 1, 16, 16], 512 B from stage 0
 receives    rotary_emb_cos: f32[1, 16, 8], 512 B from stage 0

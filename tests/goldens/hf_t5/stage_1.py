@@ -8,7 +8,7 @@ parameters  20.8 k
 forward     526 us, 819 kFLOP
 backward    416 us, 1.64 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 162 KiB + gradients 81.2 KiB + optimizer 162 KiB +
-            stash 235 KiB + buffers 121 KiB + transient 20.0 KiB + reserve 1004 MiB
+            stash 135 KiB + buffers 137 KiB + transient 45.1 KiB + reserve 1004 MiB
 
 receives    dropout: f32[2, 8, 32], 2.00 KiB from stage 0
 receives    block_0_layer_0_layer_norm_mul: f32[2, 8, 32], 2.00 KiB from stage 0

@@ -6,7 +6,7 @@ parameters  13.1 k
 forward     90.4 us, 911 kFLOP
 backward    95.6 us, 1.82 MFLOP, busy 99.8 % of the period
 memory      1004 MiB of 16.0 GiB = weights 102 KiB + gradients 51.2 KiB + optimizer 102 KiB +
-            stash 94.9 KiB + buffers 25.5 KiB + transient 34.0 KiB + reserve 1004 MiB
+            stash 88.6 KiB + buffers 21.3 KiB + transient 73.9 KiB + reserve 1004 MiB
 
 receives    layers_0_add: f32[2, 17, 32], 4.25 KiB from stage 0
 receives    layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB from stage 0

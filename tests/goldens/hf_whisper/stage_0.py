@@ -7,7 +7,7 @@ parameters  33.1 k
 forward     371 us, 2.92 MFLOP
 backward    226 us, 4.62 MFLOP, busy 99.9 % of the period
 memory      1005 MiB of 16.0 GiB = weights 256 KiB + gradients 127 KiB + optimizer 253 KiB +
-            stash 527 KiB + buffers 63.3 KiB + transient 40.0 KiB + reserve 1004 MiB
+            stash 527 KiB + buffers 58.3 KiB + transient 115 KiB + reserve 1004 MiB
 
 sends       encoder_layers_0: f32[2, 20, 32], 5.00 KiB to stage 1
 sends       encoder_layers_1_self_attn_layer_norm: f32[2, 20, 32], 5.00 KiB to stage 1

@@ -7,7 +7,7 @@ parameters  42.2 k
 forward     296 us, 2.72 MFLOP
 backward    297 us, 5.44 MFLOP, busy 99.1 % of the period
 memory      1005 MiB of 16.0 GiB = weights 330 KiB + gradients 165 KiB + optimizer 330 KiB +
-            stash 240 KiB + buffers 63.6 KiB + transient 40.0 KiB + reserve 1004 MiB
+            stash 240 KiB + buffers 79.6 KiB + transient 110 KiB + reserve 1004 MiB
 
 receives    encoder_layers_0: f32[2, 20, 32], 5.00 KiB from stage 0
 receives    encoder_layers_1_self_attn_layer_norm: f32[2, 20, 32], 5.00 KiB from stage 0

@@ -6,7 +6,7 @@ parameters  2.44 k
 forward     30.0 us, 9.47 kFLOP
 backward    30.0 us, 18.9 kFLOP, busy 98.7 % of the period
 memory      1004 MiB of 16.0 GiB = weights 19.1 KiB + gradients 9.54 KiB + optimizer 9.54 KiB +
-            stash 868 B + buffers 768 B + transient 512 B + reserve 1004 MiB
+            stash 868 B + buffers 772 B + transient 13.2 KiB + reserve 1004 MiB
 
 receives    relu_3: f32[2, 32], 256 B from stage 0
 

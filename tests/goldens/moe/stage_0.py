@@ -6,7 +6,7 @@ parameters  62.3 k
 forward     591 us, 2.24 MFLOP
 backward    1.30 ms, 4.49 MFLOP, busy 99.9 % of the period
 memory      1006 MiB of 16.0 GiB = weights 487 KiB + gradients 244 KiB + optimizer 487 KiB +
-            stash 789 KiB + buffers 12.0 KiB + transient 16.0 KiB + reserve 1004 MiB
+            stash 789 KiB + buffers 12.0 KiB + transient 190 KiB + reserve 1004 MiB
 
 opaque      h.0-1.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76: the
             model decides by the values in a tensor

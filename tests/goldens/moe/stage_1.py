@@ -6,7 +6,7 @@ parameters  61.9 k
 forward     586 us, 2.51 MFLOP
 backward    1.30 ms, 5.01 MFLOP, busy 99.7 % of the period
 memory      1005 MiB of 16.0 GiB = weights 483 KiB + gradients 242 KiB + optimizer 483 KiB +
-            stash 291 KiB + buffers 12.0 KiB + transient 20.0 KiB + reserve 1004 MiB
+            stash 291 KiB + buffers 12.0 KiB + transient 124 KiB + reserve 1004 MiB
 
 opaque      h.2-3.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76: the
             model decides by the values in a tensor

@@ -6,7 +6,7 @@ parameters  29.0 k
 forward     140 us, 693 kFLOP
 backward    111 us, 1.39 MFLOP, busy 99.8 % of the period
 memory      1004 MiB of 16.0 GiB = weights 226 KiB + gradients 113 KiB + optimizer 113 KiB +
-            stash 62.2 KiB + buffers 51.2 KiB + transient 24.0 KiB + reserve 1004 MiB
+            stash 62.2 KiB + buffers 51.2 KiB + transient 74.4 KiB + reserve 1004 MiB
 
 receives    x_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
 receives    x_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0

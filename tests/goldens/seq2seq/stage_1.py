@@ -4,9 +4,9 @@ decoder.query, decoder.rest.0-1, decoder.head, loss
 
 parameters  7.74 k
 forward     90.5 us, 1.73 MFLOP
-backward    70.8 us, 3.46 MFLOP, busy 99.9 % of the period
+backward    71.1 us, 3.46 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 60.5 KiB + gradients 30.2 KiB + optimizer 60.5 KiB +
-            stash 194 KiB + buffers 36.8 KiB + transient 37.5 KiB + reserve 1004 MiB
+            stash 394 KiB + buffers 36.8 KiB + transient 64.6 KiB + reserve 1004 MiB
 
 receives    encoder: f32[2, 50, 16], 6.25 KiB from stage 0
 receives    first: f32[2, 48, 16], 6.00 KiB from stage 0

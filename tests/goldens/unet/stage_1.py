@@ -6,7 +6,7 @@ parameters  47.5 k
 forward     136 us, 5.73 MFLOP
 backward    137 us, 11.5 MFLOP, busy 99.6 % of the period
 memory      1005 MiB of 16.0 GiB = weights 371 KiB + gradients 185 KiB + optimizer 371 KiB +
-            stash 269 KiB + buffers 90.0 KiB + transient 64.0 KiB + reserve 1004 MiB
+            stash 269 KiB + buffers 118 KiB + transient 85.6 KiB + reserve 1004 MiB
 
 receives    down_0: f32[2, 8, 16, 16], 16.0 KiB from stage 0
 receives    down_1: f32[2, 16, 8, 8], 8.00 KiB from stage 0
