@@ -16,6 +16,7 @@ from p2bw.compiler.program import Program, tensor_arguments
 from p2bw.compiler.split import StageGraph, Transfer
 from p2bw.compiler.stand_in import StandIns
 from p2bw.contract import plan as contract
+from p2bw.contract.schedule import Pipeline
 from p2bw.contract.stages import load_stage
 from p2bw.modelfile.load import ModelFile
 from p2bw.passes.kernels import Workspaces, cpu_scratch, gpu_scratch, kernels_of
@@ -53,22 +54,23 @@ def footprint(
     artifact: Path,
     file: ModelFile,
     *,
+    pipe: Pipeline,
     recompute: bool,
-    copies: int,
     tied: Sequence[TiedSpec],
     on_gpu: bool,
 ) -> Footprint:
-    """Let the runtime train a stage of the artifact for two microbatches and two updates.
+    """Let the runtime train a stage of the artifact for a microbatch or two, and an update.
 
     Nothing is computed: fake tensors have sizes only, and what they would take up is counted.
-    `copies` is how many versions of the weights the schedule keeps. On a GPU every tensor takes
-    whole blocks of the caching allocator.
+    On a GPU every tensor takes whole blocks of the caching allocator.
     """
     with ExitStack() as stack:
-        for mode in (FakeTensorMode(), kernels_of(on_gpu), OnesForNumbers()):  # type: ignore[no-untyped-call]
+        for mode in (FakeTensorMode(), kernels_of(on_gpu)):
             stack.enter_context(mode)
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        return _Rehearsal(program, graph, artifact, file, recompute, copies, tied, on_gpu).run()
+        copies = pipe.copies(graph.index)
+        stage = _Rehearsal(program, graph, artifact, file, recompute, copies, tied, on_gpu)
+        return stage.run(pipe)
 
 
 class _Rehearsal:
@@ -109,19 +111,21 @@ class _Rehearsal:
             self.compute = Compute(stage, module, self.weights, 0, cpu, 1.0)
         self.compute.changing = _written(program, graph)  # it cannot look at values here
 
-    def run(self) -> Footprint:
-        live = self.live
+    def run(self, pipe: Pipeline) -> Footprint:
+        live, first = self.live, None
         with live, Workspaces():  # type: ignore[no-untyped-call]
-            first = self.microbatch()
+            if pipe.drains or pipe.microbatches == 1:
+                first = self.microbatch()
+            else:  # there, a backward that finds gradients to add to is what counts
+                for leaf in self.weights.leaves(0).values():
+                    leaf.grad = torch.empty_like(leaf)
             later = self.microbatch()
             taken = self.weights.take_gradients([0])
             sizes = {name: live.size(g.untyped_storage().nbytes()) for name, g in taken.items()}
             del taken
-            self.update(self.own, sizes)
-            self.update(self.shared, sizes)
-            rest = live.now
             update = self.update(self.own, sizes)
             merge = self.update(self.shared, sizes)
+            rest = live.now
         own = [sizes[name] for name in sizes if name not in self.tied.values()]
         return Footprint(
             rest=rest,
@@ -135,7 +139,7 @@ class _Rehearsal:
             results=later.results,
             passed=later.passed,
             forward=later.forward,
-            first_backward=first.backward,
+            first_backward=(first or later).backward,
             backward=later.backward,
             update=update,
             merge=merge,
@@ -170,10 +174,11 @@ class _Rehearsal:
     def update(self, updater: Updater, sizes: Mapping[str, Size]) -> Size:
         leaves = self.weights.leaves(0)
         given = {n: torch.empty_like(leaves[n]) for n in updater.parameters if n in sizes}
-        peaks: list[Size] = []
-        with self.live.peak(peaks):
+        before, peaks = self.live.now, list[Size]()
+        with self.live.peak(peaks), OnesForNumbers():  # type: ignore[no-untyped-call]
             updater.update(0, given)
-        return peaks[0]
+        state = self.live.now - before  # made in the first update, and there to stay
+        return peaks[0] - state
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class _Stages:
             folder,
             self.file,
             recompute=plan.stages[index].recompute,
-            copies=_pipeline(plan).copies(index),
+            pipe=_pipeline(plan),
             tied=plan.tied,
             on_gpu=self.on_gpu,
         )

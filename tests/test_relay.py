@@ -28,6 +28,7 @@ from p2bw.compiler.verify import TOLERANCE, verify
 from p2bw.contract.errors import InputFileError
 from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan
+from p2bw.contract.schedule import Pipeline
 from p2bw.runtime.local import train_in_threads
 
 # `stem` is read in every stage, twice.
@@ -313,8 +314,10 @@ def test_what_a_relaying_stage_keeps_is_counted(name: str, tmp_path: Path) -> No
     for file_name, text in emit_stages(program, stages).items():
         (tmp_path / file_name).write_text(text)
 
+    pipe = Pipeline(schedule="flush", depth=4, microbatches=4, batches=1, channels=())
+
     def stash(graph: StageGraph, recompute: bool) -> int:
-        options = {"copies": 1, "tied": (), "on_gpu": False}
+        options = {"pipe": pipe, "tied": (), "on_gpu": False}
         held = footprint(program, graph, tmp_path, file, recompute=recompute, **options)
         return held.stash.bytes
 
