@@ -4,8 +4,8 @@ import pytest
 import torch
 from annotated import annotated
 from corpus import CORPUS
+from flops import count
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from p2bw.compiler.devices import find_device
 from p2bw.compiler.program import MissingFactError
@@ -17,21 +17,6 @@ ARCHITECTURES = {architecture.name: architecture for architecture in CORPUS}
 
 def total(program, fact):
     return sum(program.fact(node, fact) for node in program.compute_nodes)
-
-
-def count(file, device, batch_size):
-    """FLOPs forward and backward of the user's own model, as torch counts them."""
-    inputs, targets = file.inputs(batch_size), file.targets(batch_size)
-    inputs, targets = torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda tensor: tensor.to(device), (inputs, targets)
-    )
-    with torch.device(device):
-        model = file.model()
-    with FlopCounterMode(display=False) as counter:
-        loss = file.call(model, inputs, targets)
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward, counter.get_total_flops() - forward
 
 
 @every_architecture

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from corpus import CORPUS, ROOT
+from flops import count_anywhere
 
-from p2bw.compiler.driver import compile_model
+from p2bw.compiler.driver import Compiled, compile_model
 from p2bw.compiler.verify import verify
 from p2bw.contract.errors import ModelError
+from p2bw.contract.stages import find_model_file
 
 DEPTH, MICROBATCH = 3, 2
 ZOO = ROOT / "tests" / "zoo.py"
@@ -64,6 +66,7 @@ def judge(name: str, kind: str, path: Path, out: Path, **options: object) -> Row
         compiled = compile_model(path, **{**given, **options})
     except ModelError as error:
         return Row(name, kind, "refused", why=re.sub(r"\s+", " ", str(error).splitlines()[0]))
+    check_flops(compiled)
     found = verify(compiled.artifact)
     assert found.ok, (name, found.problems)
     bitwise = f"{found.bitwise} of {found.compared}"
@@ -77,6 +80,17 @@ def judge(name: str, kind: str, path: Path, out: Path, **options: object) -> Row
     reasons = sorted({difference.reason for difference in found.differences})
     largest = "below 1e-7" if found.max_rel < 1e-7 else "below 1e-6"  # which verify demands
     return Row(name, kind, "sums", bitwise, largest, "; ".join(reasons))
+
+
+def check_flops(compiled: Compiled) -> None:
+    """Those of all stages together are those that torch counts in a step of the whole model."""
+    plan = compiled.plan
+    if plan.opaque:  # counted as it ran once, which may not be as it runs again
+        return
+    file = find_model_file(compiled.artifact)
+    stages = plan.stages
+    planned = sum(s.flops_forward for s in stages), sum(s.flops_backward for s in stages)
+    assert planned == count_anywhere(file, plan.microbatch), file.path
 
 
 def rows(folder: Path) -> Iterator[Row]:
