@@ -82,6 +82,13 @@ def compile_command(
         list[str] | None,
         typer.Option(help="Cut behind this module, and nowhere else.", metavar="MODULE"),
     ] = None,
+    opaque_cost: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What one sample costs in a module that cannot be traced.",
+            metavar="GLOB:forward=FLOPS,backward=FLOPS,saved=BYTES",
+        ),
+    ] = None,
     gap: Gap = "0.1%",
     limit: Limit = None,
     dump_passes: Annotated[
@@ -104,6 +111,7 @@ def compile_command(
     """Trace MODEL, place it on the devices and write readable stage code."""
     with reporting(debug):
         from p2bw.compiler.driver import compile_model
+        from p2bw.compiler.opaque_costs import parse_declared
         from p2bw.compiler.rules import parse_rules
         from p2bw.modelfile.load import parse_settings
         from p2bw.progress import progress, stopping
@@ -131,6 +139,7 @@ def compile_command(
                 rules=parse_rules(
                     pin or (), together or (), apart or (), never_cut or (), cut_after or ()
                 ),
+                opaque_costs=parse_declared(opaque_cost or ()),
                 gap=gap,
                 stop=stopping(limit, say),
                 dump_passes=dump_passes,

@@ -105,11 +105,13 @@ def _summary(plan: Plan) -> Iterable[str]:
         if len(tied.stages) > 1:
             stages = ", ".join(map(str, tied.stages))
             yield f"tied        {' = '.join(tied.names)} on stages {stages}: gradients are summed"
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str, str], list[str]] = {}
     for opaque in plan.opaque:
-        reasons.setdefault((opaque.type, opaque.reason), []).append(opaque.module)
-    for (kind, reason), modules in reasons.items():
-        called = "called as it is, not cut, its costs counted in a run"
+        key = (opaque.type, opaque.reason, opaque.costs)
+        reasons.setdefault(key, []).append(opaque.module)
+    for (kind, reason, costs), modules in reasons.items():
+        known = "counted in a run" if costs == "counted" else costs
+        called = f"called as it is, not cut, its costs {known}"
         yield f"opaque      {summarise_opaque(modules)} ({kind}): {called}: {reason}"
     for note in plan.notes:
         yield f"note        {note}"

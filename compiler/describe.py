@@ -106,6 +106,7 @@ def opaque_modules(program: Program, cut: Sequence[StageGraph]) -> tuple[OpaqueS
             returns=tuple(dict.fromkeys(_returns(program.opaque[name]) for name in names)),
             flops_forward=sum(program.fact(name, "flops_forward") for name in names),
             flops_backward=sum(program.fact(name, "flops_backward") for name in names),
+            costs="declared" if program.opaque[names[0]].declared else "counted",
         )
         for path, names in nodes.items()
     )

@@ -1,7 +1,7 @@
 """compile_model: from a model file to an artifact, phase by phase."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from p2bw.compiler.lower import placement_problem
 from p2bw.compiler.measured import Profile, choose_topology, read_profile, update_times
 from p2bw.compiler.memory import with_memory
 from p2bw.compiler.onnx.source import model_source
+from p2bw.compiler.opaque_costs import Declared, declare_costs
 from p2bw.compiler.optimizer_state import optimizer_bytes
 from p2bw.compiler.options import checked_autocast, checked_recompute, checked_schedule
 from p2bw.compiler.placement.batch import solve_batch
@@ -73,6 +74,7 @@ class _Compiler:
     rules: Rules
     say: Callable[[str], None]
     dump_folder: Path | None
+    declared: tuple[Declared, ...] = ()
     profile: Profile | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     traces: dict[int, Program] = field(default_factory=dict)  # without costs
@@ -112,7 +114,7 @@ class _Compiler:
         if batch_size not in self.traces:
             with self.phase("trace"):
                 self.say(f"tracing {self.file.path.name} at microbatch {batch_size}")
-                program = trace(self.file, batch_size)
+                program = declare_costs(trace(self.file, batch_size), self.declared)
                 self._tell(program)
             self.traces[batch_size] = program
         return self.traces[batch_size]
@@ -204,6 +206,7 @@ def compile_model(
     autocast: str | None = None,
     recompute: str = "auto",
     rules: Rules | None = None,
+    opaque_costs: Sequence[Declared] = (),
     gap: str = DEFAULT_GAP,
     stop: Stop | None = None,
     dump_passes: str | Path | None = None,
@@ -215,7 +218,8 @@ def compile_model(
 
     An ONNX file becomes a model file first, with its weights beside it (docs/onnx.md).
     What is None is searched (depth, width, microbatch), or has the command line's default; `rules`
-    (of `parse_rules`) narrow the search down. The plan is within `gap` of the fastest, as far as
+    (of `parse_rules`) narrow the search down; `opaque_costs` (of `parse_declared`) are what modules
+    that cannot be traced cost. The plan is within `gap` of the fastest, as far as
     the search can prove that; `stop` may end it early, and the best plan so far is kept. With
     `problem`, that file gets the placement problem at the microbatch size that was chosen. With
     `profile` (a file of `p2bw profile`) the devices are those that were measured, and times are
@@ -254,6 +258,7 @@ def compile_model(
             say=progress,
             dump_folder=Path(dump_passes) if dump_passes is not None else None,
             profile=measured,
+            declared=tuple(opaque_costs),
             seconds={"load": round(time.perf_counter() - begin, 3)},
         )
         asked = (rules.depth or depth, width, source.microbatch, policy, limits)

@@ -65,8 +65,9 @@ class OpaqueSpec(Data):
     stages: tuple[Count, ...]  # where it is called
     reason: str  # why it could not be traced, and where
     returns: tuple[tuple[str, ...], ...]  # what its calls were compiled for: "float32[2, 8]", ...
-    flops_forward: Count  # of all its calls; counted as it ran on the CPU, by itself
+    flops_forward: Count  # of all its calls
     flops_backward: Count
+    costs: Literal["counted", "declared"] = "counted"  # as it ran on the CPU, by itself
 
 
 class Seconds(Data):

@@ -169,6 +169,7 @@ class OpaqueCall:
     saved: tuple[Saved, ...]
     forward: "Work"
     backward: "Work"
+    declared: bool = False  # the user has said what it costs
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ class _Modules:
     def matching(self, option: str, glob: str) -> list[str]:
         """The paths that a glob matches; UsageError if there are none."""
         globs = glob.split(".")
-        found = [path for path in self.paths if _matches(globs, path.split("."))]
+        found = [path for path in self.paths if matches(globs, path.split("."))]
         if found:
             return found
         near = difflib.get_close_matches(glob, self.paths, NEAR, 0.5)
@@ -206,12 +206,13 @@ class _Modules:
                 yield tuple(self.within(path))
 
 
-def _matches(globs: Sequence[str], names: Sequence[str]) -> bool:
+def matches(globs: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a path matches a glob, both in their parts; ** stands for any number of them."""
     if not globs or not names:
         return not names and all(glob == "**" for glob in globs)
     if globs[0] == "**":
-        return _matches(globs[1:], names) or _matches(globs, names[1:])
-    return fnmatch.fnmatchcase(names[0], globs[0]) and _matches(globs[1:], names[1:])
+        return matches(globs[1:], names) or matches(globs, names[1:])
+    return fnmatch.fnmatchcase(names[0], globs[0]) and matches(globs[1:], names[1:])
 
 
 def _flow(problem: PlacementProblem) -> nx.DiGraph:

@@ -309,6 +309,39 @@ class Model(nn.Module):
     )
 
 
+def test_many_layers_with_many_arguments_are_made_in_several_lines(tmp_path: Path) -> None:
+    text = emitted(
+        """
+class LayerWithAnExceptionallyLongName(nn.Module):
+    def __init__(self, inner, scale, shift, power):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, inner), nn.Linear(inner, 8)
+        self.scale, self.shift, self.power = scale, shift, power
+    def forward(self, x):
+        return self.down((self.up(x) * self.scale + self.shift).abs() ** self.power)
+
+class Run(nn.Module):
+    def __init__(self, *numbers):
+        super().__init__()
+        self.layers = nn.ModuleList(LayerWithAnExceptionallyLongName(*numbers) for _ in range(3))
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x + self.layers[0].scale
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Run(12, 0.51234567, 0.1, 1.5), Run(20, 0.25, 0.1234567, 1.25)
+    def forward(self, x):
+        return self.second(self.first(x) * 2)
+""",
+        tmp_path,
+    )
+    assert "            for _ in range(3)\n        )\n" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
 def test_what_changes_nothing_is_left_out(tmp_path: Path) -> None:
     text = emitted(
         """

@@ -7,10 +7,12 @@ from reference import Reference
 
 from p2bw.compiler.driver import compile_model
 from p2bw.compiler.opaque import OPAQUE
+from p2bw.compiler.opaque_costs import parse_declared
 from p2bw.compiler.plan import read_plan
+from p2bw.compiler.problem import problem_of
 from p2bw.compiler.trace import trace
 from p2bw.compiler.verify import verify
-from p2bw.contract.errors import ModelError
+from p2bw.contract.errors import ModelError, UsageError
 from p2bw.contract.job import Job
 from p2bw.contract.stages import find_model_file, load_stage
 from p2bw.modelfile.load import load_model_file
@@ -143,6 +145,41 @@ class Part(nn.Module):
     product = 2 * 6 * 6 * 8
     assert program.fact(node, "flops_forward") == 2 * product
     assert program.fact(node, "flops_backward") == 5 * product  # the scores once more
+
+
+def test_costs_can_be_declared(tmp_path):
+    path = ROOT / "examples" / "moe.py"
+    costs = parse_declared(["h.*.moe:forward=3e9", "h.3.moe:forward=5e9,backward=7e9,saved=2.5e6"])
+    made = compiled(path, tmp_path / "moe", factory="tiny", opaque_costs=costs)
+    counted = compiled(path, tmp_path / "counted", factory="tiny").plan
+    *others, last = made.plan.opaque
+    assert [o.flops_forward for o in others] == [6_000_000_000] * 3  # of two samples
+    assert [o.flops_backward for o in others] == [o.flops_backward for o in counted.opaque[:3]]
+    assert (last.flops_forward, last.flops_backward) == (10_000_000_000, 14_000_000_000)
+    assert {o.costs for o in made.plan.opaque} == {"declared"}
+    assert {o.costs for o in counted.opaque} == {"counted"}
+    seconds = sum(stage.compute_s.total for stage in made.plan.stages)
+    assert seconds > 50 * sum(stage.compute_s.total for stage in counted.stages)
+    stash = {b.name: b.stash_bytes for b in problem_of(tmp_path / "moe").blocks}
+    assert stash["h.3.moe"] - stash["h.2.moe"] > 4_000_000
+    assert "its costs declared: moe.py:" in (tmp_path / "moe/stages/stage_0.py").read_text()
+    assert verify(tmp_path / "moe").ok
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["moe", "moe:", "moe:forward", "moe:forward=-1", "moe:forward=nan", "moe:time=1", ":saved=1",
+     "moe:saved=1,saved=2", "moe:forward=1e999"],
+)  # fmt: skip
+def test_a_declaration_that_is_none_is_a_mistake_of_usage(text):
+    with pytest.raises(UsageError, match="write MODULE:forward=FLOPS"):
+        parse_declared([text])
+
+
+def test_a_declaration_for_no_opaque_module_is_a_mistake_of_usage(tmp_path):
+    costs = parse_declared(["h.*.attn:forward=1"])
+    with pytest.raises(UsageError, match=r"kept opaque \(those: h.0.moe, h.1.moe"):
+        compiled(ROOT / "examples" / "moe.py", tmp_path / "o", factory="tiny", opaque_costs=costs)
 
 
 def test_equal_modules_are_run_once(monkeypatch):

@@ -40,6 +40,11 @@ traced are called as they are. "Sums": the last bits of some gradients do, for t
 reason that `p2bw verify` gives, and so much relative to the largest entry. The files named are in
 `examples/`, the DETR-like one in `tests/`, the others are models of transformers 5.
 
+A module that is not traced is run by itself once, to count what it costs. Where that says little
+(a router that prefers some experts), declare the costs of a call, per sample, as an option or in
+`p2bw.toml`: `--opaque-cost 'h.*.moe:forward=2e9,backward=4e9,saved=65536'` (FLOPs, and bytes that
+are kept for the backward).
+
 | model | kind | result | bitwise | largest difference | why |
 | --- | --- | --- | --- | --- | --- |
 """

@@ -4,18 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import fx
 
 from p2bw.compiler.emit import opaque
 from p2bw.compiler.emit.attributes import Attributes, below, literal
 from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
-from p2bw.compiler.emit.hints import base_name, call_name, name_queries, unpacked_names
+from p2bw.compiler.emit.hints import base_name, call_name, is_float, name_queries, unpacked_names
 from p2bw.compiler.emit.idioms import augmented, render
 from p2bw.compiler.emit.leaf import BUFFERS, Leaf, Match
 from p2bw.compiler.emit.leaves import match_leaf
 from p2bw.compiler.emit.names import short_name
-from p2bw.compiler.emit.op import Op
+from p2bw.compiler.emit.op import Op, with_item
 from p2bw.compiler.emit.regions import Layout, Region
 from p2bw.compiler.emit.shapes import Shapes
 from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Value
@@ -117,7 +116,7 @@ class Builder:
                 self._operation(frame, frame.region, item)
 
     def _context(self, frame: _Frame, node: fx.Node) -> tuple[Node, ...]:
-        return tuple(map(_with, self.program.facts[node.name].context[frame.ambient :]))
+        return tuple(map(with_item, self.program.facts[node.name].context[frame.ambient :]))
 
     def _op(self, frame: _Frame, region: Region, node: fx.Node) -> Op:
         return Op(node, self._ref(frame, region), self.layout.type)
@@ -320,7 +319,7 @@ class Builder:
             names = [call_name(path, module, args, self._type_of(outputs[0]), frame.body)]
         context = tuple(
             map(
-                _with,
+                with_item,
                 self.program.facts[next(region.nodes()).name].context[frame.ambient : ambient],
             )
         )
@@ -336,10 +335,10 @@ class Builder:
         if value.op == "get_attr":
             return str(value.target).rpartition(".")[2]
         kind = self._type(value)
-        floats = [v for v in inputs if _is_float(self._type(v)) and v.op != "get_attr"]
+        floats = [v for v in inputs if is_float(self._type(v)) and v.op != "get_attr"]
         if floats == [value]:
             return "x"
-        if _is_float(kind) and any(self._type(output) == kind for output in outputs):
+        if is_float(kind) and any(self._type(output) == kind for output in outputs):
             return "x"
         return self._name_in(frame, value)
 
@@ -389,18 +388,3 @@ class _Reference:
 
     def __call__(self, node: fx.Node) -> Node:
         return self.builder.reference(self.frame, self.region.path, node)
-
-
-def _is_float(kind: TensorType | None) -> bool:
-    return kind is not None and kind.dtype.is_floating_point
-
-
-def _with(context: str) -> Node:
-    """The `with` item of a region that the user's code put around a node."""
-    if context == "no_grad":
-        return call("torch.no_grad")
-    if context == "enable_grad":
-        return call("torch.enable_grad")
-    dtype = context.removeprefix("autocast(").removesuffix(")")
-    assert isinstance(getattr(torch, dtype), torch.dtype)
-    return call("torch.autocast", Attr(Device(), "type"), dtype=Raw(f"torch.{dtype}"))

@@ -97,6 +97,18 @@ class Dict(Node):
     items: tuple[tuple[str, Node], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Each(Node):
+    """A generator that makes the same several times, the only argument of a call."""
+
+    item: Node
+    count: int
+
+    @property
+    def loop(self) -> str:
+        return f"for _ in range({self.count})"
+
+
 def method(receiver: Node, name: str, *args: Node, **kwargs: Node) -> Call:
     return Call(Attr(receiver, name), args, tuple(kwargs.items()))
 
@@ -220,6 +232,8 @@ def flat(node: Node) -> str:
         case Dict(pairs):
             inside = (f"{key}: {flat(value)}" if key else flat(value) for key, value in pairs)
             return f"{{{', '.join(inside)}}}"
+        case Each(item, _):
+            return f"{flat(item)} {node.loop}"
         case Seq("[]", items):
             return f"[{', '.join(map(flat, items))}]"
         case Seq(_, items):
@@ -275,6 +289,9 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
             together = " " * (indent + 4) + ", ".join(name + flat(item) for name, item in items)
             if len(together) <= WIDTH:
                 return [" " * indent + prefix + opening, together, " " * indent + closing]
+            if args and isinstance(each := args[-1], Each):
+                made = [*lay_out("", each.item, indent + 4), " " * (indent + 4) + each.loop]
+                return [" " * indent + prefix + opening, *made, " " * indent + closing]
         case Dict(pairs) if pairs:
             opening, closing = "{", "}"
             items = [(f"{key}: " if key else "", value) for key, value in pairs]

@@ -13,13 +13,11 @@ from p2bw.compiler.emit.expr import (
     WIDTH,
     Attr,
     Call,
-    Index,
     Node,
     Own,
     Raw,
     Ref,
     Seq,
-    Unary,
     flat,
     lay_out,
     rebuild,
@@ -30,6 +28,7 @@ from p2bw.compiler.emit.expr import (
 )
 from p2bw.compiler.emit.loops import Line, find_loops
 from p2bw.compiler.emit.names import identifier
+from p2bw.compiler.emit.order import as_read
 from p2bw.compiler.emit.tree import Body, Kind, Module, Statement, Value
 from p2bw.compiler.program import TensorType
 
@@ -144,7 +143,7 @@ class Function:
         reads = [index for index in refs(line.statement.expr) if index in waiting]
         if line.statement.augmented:
             reads = reads[1:] if reads and _receiver(line.statement) == reads[0] else reads
-        pending = _as_read(pending, reads)
+        pending = as_read(pending, reads)
         count = 0
         while count < min(len(reads), len(pending)):
             if pending[-1 - count].statement.targets[0] != reads[-1 - count]:
@@ -232,14 +231,7 @@ class Function:
             returned = (
                 f"tuple[{', '.join(['Tensor'] * count)}]" if count < 5 else "tuple[Tensor, ...]"
             )
-        line = f"    def {name}({', '.join(['self', *arguments])}) -> {returned}:"
-        if len(line) <= WIDTH:
-            return [line]
-        together = f"        {', '.join(['self', *arguments])}"
-        if len(together) <= WIDTH:
-            return [f"    def {name}(", together, f"    ) -> {returned}:"]
-        inner = [f"        {argument}," for argument in ["self", *arguments]]
-        return [f"    def {name}(", *inner, f"    ) -> {returned}:"]
+        return signature(name, arguments, returned)
 
     def _written(
         self,
@@ -358,45 +350,16 @@ class Function:
         return lay_out("return ", Seq("()", tuple(map(self._named, results))), 8)
 
 
-def _as_read(pending: list[Line], reads: list[int]) -> list[Line]:
-    """The pending values in the order in which they are read, where theirs does not matter.
-
-    What depends on no tensor, like a range of positions, may be made at any time. Two slices of
-    one tensor that do not overlap may be taken in any order: they compute nothing, and no element
-    of the tensor gets a gradient from both.
-    """
-    order = list(pending)
-    for index, read in enumerate(reads):
-        line = next(line for line in order if line.statement.targets[0] == read)
-        if _is_range(line):
-            order.remove(line)
-            after = [i for i, p in enumerate(order) if p.statement.targets[0] in reads[index + 1 :]]
-            order.insert(after[0] if after else len(order), line)
-    pending = order
-    if len(pending) < 2 or len(reads) < 2:
-        return pending
-    *rest, first, second = pending
-    if [first.statement.targets[0], second.statement.targets[0]] != [reads[-1], reads[-2]]:
-        return pending
-    return [*rest, second, first] if _are_halves(first, second) else pending
-
-
-def _is_range(line: Line) -> bool:
-    match line.statement.expr:
-        case Call(Raw("torch.arange"), _, _):
-            return not line.statement.context
-    return False
-
-
-def _are_halves(first: Line, second: Line) -> bool:
-    """x[..., :k] and x[..., k:], or -x[..., k:]."""
-    one, two = first.statement.expr, second.statement.expr
-    two = two.operand if isinstance(two, Unary) else two
-    match one, two:
-        case Index(Ref(a), (*before, Raw(low))), Index(Ref(b), (*after, Raw(high))):
-            split = low.removeprefix(":")
-            return a == b and before == after and split.isdecimal() and high == f"{split}:"
-    return False
+def signature(name: str, arguments: Sequence[str], returned: str) -> list[str]:
+    """The first lines of a method, as ruff lays them out."""
+    listed = ["self", *arguments]
+    line = f"    def {name}({', '.join(listed)}) -> {returned}:"
+    if len(line) <= WIDTH:
+        return [line]
+    inner = [f"        {', '.join(listed)}"]
+    if len(inner[0]) > WIDTH:
+        inner = [f"        {argument}," for argument in listed]
+    return [f"    def {name}(", *inner, f"    ) -> {returned}:"]
 
 
 def _is_numbered(call: Call) -> bool:

@@ -47,7 +47,8 @@ class StageHeader:
     sends: tuple[Wire, ...]
     origin: str  # what it was compiled from: "examples/gpt.py:model"
     version: str
-    opaque: tuple[tuple[str, str, str], ...] = ()  # module, class and why it was not traced
+    # Module, class, why it was not traced, and how its costs are known.
+    opaque: tuple[tuple[str, str, str, str], ...] = ()
 
 
 def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeader:
@@ -92,7 +93,9 @@ def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeade
         memory_limit=memory.limit,
         receives=wires(stage.receives),
         sends=wires(stage.sends, passed_on=received),
-        opaque=tuple((o.module, o.type, o.reason) for o in plan.opaque if index in o.stages),
+        opaque=tuple(
+            (o.module, o.type, o.reason, o.costs) for o in plan.opaque if index in o.stages
+        ),
         origin=f"{plan.model.file}:{plan.model.factory}",
         version=plan.p2bw_version,
     )
@@ -136,11 +139,12 @@ def format_header(header: StageHeader) -> str:
 
 def _opaque(header: StageHeader) -> Iterator[str]:
     """The modules that could not be traced, those of one class and reason together."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for path, kind, reason in header.opaque:
-        alike.setdefault((kind, reason), []).append(path)
-    for (kind, reason), paths in alike.items():
-        what = f"{plain(kind)} as it is, not traced, its costs counted in a run"
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for path, *same in header.opaque:
+        alike.setdefault((same[0], same[1], same[2]), []).append(path)
+    for (kind, reason, costs), paths in alike.items():
+        known = "counted in a run" if costs == "counted" else "declared"
+        what = f"{plain(kind)} as it is, not traced, its costs {known}"
         text = f"{spans(paths, width=300)}: {what}: "
         first, *more = wrapped(text + plain(reason), WIDTH - 12)
         yield from (f"{'opaque':<10}  {first}", *(f"{'':<10}  {line}" for line in more))

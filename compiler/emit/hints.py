@@ -89,6 +89,10 @@ def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
     return "x" if floating else "index"
 
 
+def is_float(kind: TensorType | None) -> bool:
+    return kind is not None and kind.dtype.is_floating_point
+
+
 def _kind(kind: TensorType) -> str:
     if kind.dtype is torch.bool:
         return "bool"

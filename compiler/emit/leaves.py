@@ -7,6 +7,13 @@ from torch import fx
 
 from p2bw.compiler.emit.expr import Node, Num, Raw, Seq, quoted
 from p2bw.compiler.emit.leaf import Leaf, Match, MismatchError
+from p2bw.compiler.emit.norms import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
 
 
 def match_leaf(type_name: str, match: Match) -> Leaf | None:
@@ -115,91 +122,6 @@ def _listed(value: Any, default: int) -> list[int]:
     if isinstance(value, int):
         return [value]
     return list(value) or [default]
-
-
-def _batch_norm(name: str, m: Match) -> Leaf:
-    m.require(m.op.name == "batch_norm.default" and m.get("training") is True)
-    weight, bias = m.own("weight"), m.own("bias")
-    m.require((weight is None) == (bias is None))
-    mean, variance = m.own("running_mean"), m.own("running_var")
-    m.require((mean is None) == (variance is None))
-    kwargs: dict[str, Node] = {}
-    if m.get("eps") != 1e-5:
-        kwargs["eps"] = m.num("eps")
-    if m.get("momentum") != 0.1:
-        kwargs["momentum"] = m.num("momentum")
-    if weight is None:
-        kwargs["affine"] = Raw("False")
-    if mean is None:
-        kwargs["track_running_stats"] = Raw("False")
-        m.require(len(m.ops) == 1)
-    else:
-        counting = m.ops[0]
-        m.require(len(m.ops) == 2 and counting.name == "add_.Tensor")
-        m.require(counting["other"] == 1 and counting.changed() <= {"self", "other"})
-        m.own_node(counting["self"], "num_batches_tracked")
-    channels = m.op.types(m.op["input"]).shape[1]
-    return m.leaf(name, [Num(channels, "num_features")], kwargs, m.input("input"))
-
-
-def _instance_norm(name: str, m: Match) -> Leaf:
-    m.only("instance_norm.default")
-    m.require(m.get("use_input_stats") is True)
-    m.require(m.get("running_mean") is None and m.get("running_var") is None)
-    weight, bias = m.own("weight"), m.own("bias")
-    m.require((weight is None) == (bias is None))
-    kwargs: dict[str, Node] = {}
-    if m.get("eps") != 1e-5:
-        kwargs["eps"] = m.num("eps")
-    if m.get("momentum") != 0.1:
-        kwargs["momentum"] = m.num("momentum")
-    if weight is not None:
-        kwargs["affine"] = Raw("True")
-    channels = m.op.types(m.op["input"]).shape[1]
-    return m.leaf(name, [Num(channels, "num_features")], kwargs, m.input("input"))
-
-
-def _layer_norm(name: str, m: Match) -> Leaf:
-    m.only("layer_norm.default")
-    weight, bias = m.own("weight"), m.own("bias")
-    kwargs: dict[str, Node] = {}
-    if m.get("eps") != 1e-5:
-        kwargs["eps"] = m.num("eps")
-    if weight is None:
-        m.require(bias is None)
-        kwargs["elementwise_affine"] = Raw("False")
-    elif bias is None:
-        kwargs["bias"] = Raw("False")
-    return m.leaf(name, [_shape(m, m.get("normalized_shape"))], kwargs, m.input("input"))
-
-
-def _shape(m: Match, shape: Sequence[int]) -> Node:
-    numbers = tuple(Num(size, "normalized_shape") for size in shape)
-    return numbers[0] if len(numbers) == 1 else Seq("()", numbers)
-
-
-def _rms_norm(name: str, m: Match) -> Leaf:
-    m.only("rms_norm.default")
-    kwargs: dict[str, Node] = {}
-    if m.get("eps") is not None:
-        kwargs["eps"] = m.num("eps")
-    if m.own("weight") is None:
-        kwargs["elementwise_affine"] = Raw("False")
-    return m.leaf(name, [_shape(m, m.get("normalized_shape"))], kwargs, m.input("input"))
-
-
-def _group_norm(name: str, m: Match) -> Leaf:
-    m.only("group_norm.default")
-    weight, bias = m.own("weight"), m.own("bias")
-    m.require((weight is None) == (bias is None))
-    kwargs: dict[str, Node] = {}
-    if m.get("eps") != 1e-5:
-        kwargs["eps"] = m.num("eps")
-    if weight is None:
-        kwargs["affine"] = Raw("False")
-    channels = m.op.types(m.op["input"]).shape[1]
-    sizes = [m.num("num_groups"), Num(channels, "num_channels")]
-    return m.leaf(name, sizes, kwargs, m.input("input"))
 
 
 def _dropout(name: str, m: Match) -> Leaf:
@@ -354,16 +276,16 @@ _BUILDERS: dict[str, Builder] = {
     "Linear": _linear,
     "Embedding": _embedding,
     "EmbeddingBag": _embedding_bag,
-    "LayerNorm": _layer_norm,
-    "RMSNorm": _rms_norm,
-    "GroupNorm": _group_norm,
+    "LayerNorm": layer_norm,
+    "RMSNorm": rms_norm,
+    "GroupNorm": group_norm,
     "PReLU": _prelu,
     "Upsample": _upsample,
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
     **{f"Conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"ConvTranspose{n}d": _convolution for n in (1, 2, 3)},
-    **{f"BatchNorm{n}d": _batch_norm for n in (1, 2, 3)},
-    **{f"InstanceNorm{n}d": _instance_norm for n in (1, 2, 3)},
+    **{f"BatchNorm{n}d": batch_norm for n in (1, 2, 3)},
+    **{f"InstanceNorm{n}d": instance_norm for n in (1, 2, 3)},
     **{f"MaxPool{n}d": _pool for n in (1, 2, 3)},
     **{f"AvgPool{n}d": _pool for n in (1, 2, 3)},
     **{f"AdaptiveAvgPool{n}d": _adaptive for n in (1, 2, 3)},

@@ -8,14 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from p2bw.compiler.emit.expr import (
-    Device,
-    Node,
-    Num,
-    Raw,
-    Seq,
-    quoted,
-)
+from p2bw.compiler.emit.expr import Attr, Device, Node, Num, Raw, Seq, call, quoted
 from p2bw.compiler.program import TensorType
 
 Convert = Callable[[fx.Node], Node]
@@ -104,3 +97,14 @@ def _same(value: Any, default: Any) -> bool:
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
         return list(value) == list(default)
     return type(value) is type(default) and bool(value == default)
+
+
+def with_item(context: str) -> Node:
+    """The `with` item of a region that the user's code put around a node."""
+    if context == "no_grad":
+        return call("torch.no_grad")
+    if context == "enable_grad":
+        return call("torch.enable_grad")
+    dtype = context.removeprefix("autocast(").removesuffix(")")
+    assert isinstance(getattr(torch, dtype), torch.dtype)
+    return call("torch.autocast", Attr(Device(), "type"), dtype=Raw(f"torch.{dtype}"))

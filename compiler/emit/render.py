@@ -8,6 +8,7 @@ from p2bw.compiler.emit.expr import (
     WIDTH,
     Call,
     Dict,
+    Each,
     Node,
     Num,
     Own,
@@ -20,7 +21,7 @@ from p2bw.compiler.emit.expr import (
     quoted,
     rebuild,
 )
-from p2bw.compiler.emit.function import Function
+from p2bw.compiler.emit.function import Function, signature
 from p2bw.compiler.emit.names import is_plain
 from p2bw.compiler.emit.tree import Kind, Module, Statement, Tensor
 from p2bw.compiler.program import TensorType
@@ -124,12 +125,8 @@ class Writer:
         if not lines:
             return []
         kinds = {name: self._kind(column) for name, column in self.cls.parameters.items()}
-        arguments = ", ".join(["self", *(f"{name}: {kind}" for name, kind in kinds.items())])
-        return [
-            f"    def __init__({arguments}) -> None:",
-            "        super().__init__()",
-            *lines,
-        ]
+        arguments = [f"{name}: {kind}" for name, kind in kinds.items()]
+        return [*signature("__init__", arguments, "None"), "        super().__init__()", *lines]
 
     def _kind(self, column: int) -> str:
         return type(self.classes.numbers[id(self.module)][column].value).__name__
@@ -209,7 +206,7 @@ class Writer:
         runs = _runs(built)
         if module.is_list:
             if len(runs) == 1 and len(built) > 1:
-                return call("nn.ModuleList", Raw(f"{flat(items[0])} for _ in range({len(built)})"))
+                return call("nn.ModuleList", Each(items[0], len(built)))
             listed: list[Node] = []
             for run in runs:
                 if len(run) > 2:
