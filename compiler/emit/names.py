@@ -79,12 +79,12 @@ _NAMES: "WeakKeyDictionary[fx.Graph, dict[str, str]]" = WeakKeyDictionary()
 def _tensor_names(program: Program) -> dict[str, str]:
     module_of: dict[str, str] = {}  # node -> outermost module call that it is the result of
     trunk, given = _trunk(program), _given(program)
-    for (full_path, call), extent in survey(program).extents.items():
-        path = full_path.removeprefix(trunk)
-        if given[full_path, call] > 1:
+    for (path, call), extent in survey(program).extents.items():
+        if given[path, call] > 1:
             continue
         if path and len(path) < len(module_of.get(extent.last, path + " ")):
             module_of[extent.last] = path if call == 0 else f"{path}_{call + 1}"
+    module_of = {name: path.removeprefix(trunk) for name, path in module_of.items()}
     names: dict[str, str] = {}
     taken: set[str] = set()
     counts: dict[str, int] = {}
@@ -136,9 +136,9 @@ def _trunk(program: Program) -> str:
         for scope in program.facts[node.name].scopes[1:2]
     )
     name, count = max(first.items(), key=lambda item: item[1], default=("", 0))
-    deep = any(
-        name == path.rpartition(".")[0].partition(".")[0] for path, _ in survey(program).extents
-    )
+    paths = [path.removeprefix(f"{name}.") for path, _ in survey(program).extents]
+    within = [path.partition(".")[0] for path in paths if path not in ("", name)]
+    deep = len(paths) > 2 and not any(part.isdecimal() for part in within)
     return f"{name}." if deep and 2 * count > len(program.compute_nodes) else ""
 
 

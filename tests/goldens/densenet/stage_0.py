@@ -9,8 +9,8 @@ memory      1005 MiB of 16.0 GiB = weights 99.9 KiB + gradients 49.9 KiB + optim
             stash 803 KiB + buffers 22.8 KiB + transient 80.2 KiB + reserve 1004 MiB
 
 sends       transitions_0: f32[2, 16, 4, 4], 2.00 KiB to stage 1
-sends       x_1_layers_0: f32[2, 8, 4, 4], 1.00 KiB to stage 1
-sends       x_1_layers_1_conv1: f32[2, 32, 4, 4], 4.00 KiB to stage 1
+sends       blocks_1_layers_0: f32[2, 8, 4, 4], 1.00 KiB to stage 1
+sends       blocks_1_layers_1_conv1: f32[2, 32, 4, 4], 4.00 KiB to stage 1
 
 Written by p2bw 0.1.0 from examples/densenet.py:tiny. Imports only torch; yours to change.
 """

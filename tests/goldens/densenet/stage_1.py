@@ -10,8 +10,8 @@ memory      1004 MiB of 16.0 GiB = weights 106 KiB + gradients 52.8 KiB + optimi
             stash 51.3 KiB + buffers 23.3 KiB + transient 58.7 KiB + reserve 1004 MiB
 
 receives    transitions_0: f32[2, 16, 4, 4], 2.00 KiB from stage 0
-receives    x_1_layers_0: f32[2, 8, 4, 4], 1.00 KiB from stage 0
-receives    x_1_layers_1_conv1: f32[2, 32, 4, 4], 4.00 KiB from stage 0
+receives    blocks_1_layers_0: f32[2, 8, 4, 4], 1.00 KiB from stage 0
+receives    blocks_1_layers_1_conv1: f32[2, 32, 4, 4], 4.00 KiB from stage 0
 
 Written by p2bw 0.1.0 from examples/densenet.py:tiny. Imports only torch; yours to change.
 """
@@ -88,10 +88,10 @@ class Stage(nn.Module):
         self,
         labels: Tensor,
         transitions_0: Tensor,
-        x_1_layers_0: Tensor,
-        x_1_layers_1_conv1: Tensor,
+        blocks_1_layers_0: Tensor,
+        blocks_1_layers_1_conv1: Tensor,
     ) -> Tensor:
-        x = self.blocks["1"](x_1_layers_1_conv1, transitions_0, x_1_layers_0)  # f32[2, 40, 4, 4]
+        x = self.blocks["1"](blocks_1_layers_1_conv1, transitions_0, blocks_1_layers_0)
         x = self.transitions["1"](x)  # f32[2, 20, 2, 2]
         classifier = self.classifier(F.relu(self.norm(self.blocks["2"](x))).mean((2, 3)))
         return F.cross_entropy(classifier, labels)  # f32[]

@@ -8,8 +8,8 @@ backward    172 us, 67.1 MFLOP, busy 99.1 % of the period
 memory      1008 MiB of 16.0 GiB = weights 910 KiB + gradients 455 KiB + optimizer 910 KiB +
             stash 1.29 MiB + buffers 288 KiB + transient 353 KiB + reserve 1004 MiB
 
-receives    x_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
-receives    x_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0
+receives    h_1_add: f32[2, 64, 64], 32.0 KiB from stage 0
+receives    h_1_mlp: f32[2, 64, 64], 32.0 KiB from stage 0
 
 Written by p2bw 0.1.0 from examples/gpt.py:tiny. Imports only torch; yours to change.
 """
@@ -65,8 +65,8 @@ class Stage(nn.Module):
         self.ln_f = nn.LayerNorm(64)
         self.head = nn.Linear(64, 256, bias=False)
 
-    def forward(self, labels: Tensor, x_1_add: Tensor, x_1_mlp: Tensor) -> Tensor:
-        x = x_1_add + x_1_mlp  # f32[2, 64, 64]
+    def forward(self, labels: Tensor, h_1_add: Tensor, h_1_mlp: Tensor) -> Tensor:
+        x = h_1_add + h_1_mlp  # f32[2, 64, 64]
         for block in self.h.values():
             x = block(x)
         return F.cross_entropy(self.head(self.ln_f(x)).flatten(0, 1), labels.flatten())  # f32[]

@@ -11,7 +11,7 @@ memory      1006 MiB of 16.0 GiB = weights 487 KiB + gradients 244 KiB + optimiz
 opaque      h.0-1.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76: the
             model decides by the values in a tensor
 
-sends       x_1: f32[2, 16, 32], 4.00 KiB to stage 1
+sends       h_1: f32[2, 16, 32], 4.00 KiB to stage 1
 
 Written by p2bw 0.1.0 from examples/moe.py:tiny. Imports torch, and p2bw for your own modules; yours
 to change.
@@ -60,4 +60,4 @@ class Stage(nn.Module):
         x = self.wte(tokens) + self.wpe(torch.arange(16, device=tokens.device))  # f32[2, 16, 32]
         for block in self.h:
             x = block(x)
-        return x  # x_1: f32[2, 16, 32]
+        return x  # h_1: f32[2, 16, 32]

@@ -11,7 +11,7 @@ memory      1005 MiB of 16.0 GiB = weights 483 KiB + gradients 242 KiB + optimiz
 opaque      h.2-3.moe: moe.MoE as it is, not traced, its costs counted in a run: moe.py:76: the
             model decides by the values in a tensor
 
-receives    x_1: f32[2, 16, 32], 4.00 KiB from stage 0
+receives    h_1: f32[2, 16, 32], 4.00 KiB from stage 0
 
 Written by p2bw 0.1.0 from examples/moe.py:tiny. Imports torch, and p2bw for your own modules; yours
 to change.
@@ -55,8 +55,8 @@ class Stage(nn.Module):
         self.norm = nn.RMSNorm(32)
         self.head = nn.Linear(32, 128, bias=False)
 
-    def forward(self, labels: Tensor, x_1: Tensor) -> Tensor:
-        x = x_1
+    def forward(self, labels: Tensor, h_1: Tensor) -> Tensor:
+        x = h_1
         for block in self.h.values():
             x = block(x)  # f32[2, 16, 32]
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())  # f32[]

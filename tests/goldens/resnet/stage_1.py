@@ -8,8 +8,8 @@ backward    111 us, 1.39 MFLOP, busy 99.8 % of the period
 memory      1004 MiB of 16.0 GiB = weights 226 KiB + gradients 113 KiB + optimizer 113 KiB +
             stash 62.2 KiB + buffers 51.2 KiB + transient 74.4 KiB + reserve 1004 MiB
 
-receives    x_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
-receives    x_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0
+receives    blocks_1_relu: f32[2, 16, 8, 8], 8.00 KiB from stage 0
+receives    blocks_1_downsample: f32[2, 64, 4, 4], 8.00 KiB from stage 0
 
 Written by p2bw 0.1.0 from examples/resnet.py:tiny. Imports only torch; yours to change.
 """
@@ -57,7 +57,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleDict({"1": BottleneckTail(), "2": Bottleneck()})
         self.fc = nn.Linear(128, 10)
 
-    def forward(self, labels: Tensor, x_1_relu: Tensor, x_1_downsample: Tensor) -> Tensor:
-        x = self.blocks["1"](x_1_relu, x_1_downsample)  # f32[2, 64, 4, 4]
+    def forward(self, labels: Tensor, blocks_1_relu: Tensor, blocks_1_downsample: Tensor) -> Tensor:
+        x = self.blocks["1"](blocks_1_relu, blocks_1_downsample)  # f32[2, 64, 4, 4]
         fc = self.fc(self.blocks["2"](x).mean((2, 3)))  # f32[2, 10]
         return F.cross_entropy(fc, labels, label_smoothing=0.1)  # f32[]
