@@ -324,7 +324,9 @@ def test_what_does_not_fit_the_plan_is_refused(options: dict[str, Any], message:
 def test_3072_devices_take_less_time_than_tracing_the_model() -> None:
     """64 stages, 48 replicas, 100 batches: one replica stands for 48, a few batches for all."""
     levels = make_topology(gpus=3072, cluster="dgx-a100:384").levels
-    plan = made_plan(64, 48, 64, size=10**8, gradients=10**9, forward_s=0.1, levels=levels)
+    plan = made_plan(
+        64, 48, 64, size=10**8, gradients=10**9, forward_s=0.1, backward_s=0.2, levels=levels
+    )
     file = load_model_file(ROOT / "examples" / "gpt.py", factory="gpt_1t")
     begin = time.process_time()
     trace(file, 1)

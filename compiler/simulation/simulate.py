@@ -12,7 +12,8 @@ from p2bw.compiler.simulation.trace import Spans
 from p2bw.contract.errors import UsageError
 
 BATCHES = 10
-_STEADY = 12  # batches after the pipeline is full in which a cycle is looked for
+_SOON = 4  # batches after the pipeline is full in which a cycle is looked for first
+_STEADY = 12  # and then
 _JITTERED = 256  # microbatches of which the mean is taken, at least, where there can be none
 
 
@@ -89,33 +90,41 @@ class Steady:
 def find_steady(job: Job) -> Steady:
     """Simulate until the state comes again; where it does not, take what is between fill and drain.
 
-    With jitter no state does; then a run of many batches goes on to its end, for `whole_run`.
     Actions are the same in every batch but for the first ones, which fill the pipeline, and the
-    last, which drain it; so what follows a state that came again is a repetition, too.
+    last, which drain it; so what follows a state that came again is a repetition, too. Mostly it
+    comes soon: so a short run is tried first, and goes on to its end, for `whole_run`.
     """
     fill = _fill(job)
-    last = 2 * fill + _STEADY
-    if job.jitter:
-        last = max(fill - -_JITTERED // job.pipe.microbatches, job.pipe.batches - fill)
+    if job.jitter:  # no state comes again
+        batches = max(2 * fill - -_JITTERED // job.pipe.microbatches, job.pipe.batches)
+        return _search(job, batches, fill, fill)
+    steady = _search(job, 2 * fill + _SOON, fill, fill)
+    return steady if steady.exact else _search(job, 3 * fill + _STEADY, fill, 2 * fill, stop=True)
+
+
+def _search(job: Job, batches: int, first: int, mean: int, stop: bool = False) -> Steady:
+    """Look from batch `first` on, and to the end or until a state comes again.
+
+    If none does, the mean is that from batch `mean` on.
+    """
+    last = batches - _fill(job)
     marks: dict[object, Mark] = {}
     found: list[tuple[Mark, Mark]] = []
 
     def watch(mark: Mark) -> bool:
-        """Go on until a state comes again."""
-        if mark.batch >= fill:
+        if first <= mark.batch <= last and not found:
             key = mark.batch if job.jitter else mark.state
             if key in marks:
                 found.append((marks[key], mark))
-            elif mark.batch <= last:
-                marks[key] = mark
-        return not found and (job.jitter > 0 or mark.batch < last)
+            marks.setdefault(key, mark)
+        return not (stop and found)
 
-    engine = Engine(replace(job, pipe=replace(job.pipe, batches=last + fill)), watch=watch)
+    engine = Engine(replace(job, pipe=replace(job.pipe, batches=batches)), watch=watch)
     engine.run()
-    for first, second in found:
-        return Steady(engine, first, second, True)
+    for one, other in found:
+        return Steady(engine, one, other, True)
     every = list(marks.values())
-    return Steady(engine, every[0 if job.jitter else fill], every[-1], False)
+    return Steady(engine, every[mean - first], every[-1], False)
 
 
 def _fill(job: Job) -> int:
@@ -148,8 +157,11 @@ def _whole(engine: Engine) -> Whole:
 
 def whole_run(job: Job, steady: Steady) -> Whole:
     """Without simulating what is known: batches that only repeat others."""
-    if steady.engine.pipe.batches == job.pipe.batches and steady.engine.going:
-        return _whole(steady.engine)
+    more = job.pipe.batches - steady.engine.pipe.batches
+    repeats = steady.exact and more > 0 and more % steady.batches == 0
+    if steady.engine.going and (more == 0 or repeats):
+        whole = _whole(steady.engine)
+        return replace(whole, total=whole.total + more // steady.batches * steady.elapsed)
     cycles = 0
     if steady.exact:
         least = steady.last.batch + _fill(job) + 1
