@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import fx
 
 from p2bw.compiler.devices import GIB, MIB, Device, parse_bytes
-from p2bw.compiler.plan import Data, Number
+from p2bw.compiler.plan import Data
 from p2bw.compiler.problem import Times
 from p2bw.compiler.program import Block, Program, TensorType, tensor_arguments
 from p2bw.compiler.topology import DEFAULT_GPUS, Level, Topology, make_topology
@@ -18,13 +18,14 @@ from p2bw.contract.errors import InputFileError, UsageError
 
 Rate = Annotated[float, Field(gt=0, lt=1e20)]
 Positive = Annotated[int, Field(ge=1, lt=2**50)]
+Seconds = Annotated[float, Field(ge=0, lt=1e6)]  # sums of many stay finite
 
 
 class Timing(Data):
     """The median of several runs, in seconds, and the median of what they differ from it."""
 
-    median_s: Number
-    spread_s: Number
+    median_s: Seconds
+    spread_s: Seconds
 
 
 class Matmul(Data):
@@ -46,9 +47,9 @@ class DeviceProfile(Data):
     torch_version: str
     matmuls: Annotated[tuple[Matmul, ...], Field(min_length=1)]
     bandwidth: Rate  # bytes/s, read and written, of a large copy
-    op_overhead_s: Number  # of one small operator, called from Python
+    op_overhead_s: Seconds  # of one small operator, called from Python
     link: Rate | None = None  # bytes/s between two processes, one way; None: there is no peer
-    latency_s: Number = 0.0  # of a small message between them
+    latency_s: Seconds = 0.0  # of a small message between them
     backend: str | None = None  # "gloo", "nccl"
 
     def device(self) -> Device:
@@ -88,8 +89,8 @@ class Kind(Data):
 class Check(Data):
     """One forward and backward of the user's own model, against the sum of its blocks."""
 
-    whole_s: Number
-    blocks_s: Number
+    whole_s: Seconds
+    blocks_s: Seconds
 
     @property
     def ratio(self) -> float:
@@ -101,7 +102,7 @@ class Step(Data):
 
     microbatch: Positive
     blocks: dict[str, str]  # name of a block -> its kind
-    feed_s: Number  # making one microbatch of data
+    feed_s: Seconds  # making one microbatch of data
     check: Check | None = None  # None: the model did not fit the device as a whole
 
 
@@ -124,7 +125,7 @@ class Profile(Data):
     model: ModelProfile
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]  # by microbatch size
     kinds: dict[str, Kind]
-    updates: dict[str, Number]  # type of a parameter -> seconds of its part of one weight update
+    updates: dict[str, Seconds]  # type of a parameter -> seconds of its part of one weight update
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -303,6 +303,7 @@ def test_devices_are_the_measured_ones_and_links_those_of_the_cluster():
         ({"updates": {"f32[2]": "1"}}, "updates"),
         ({"updates": {"f32[2]": -1.0}}, "updates"),
         ({"updates": {"f32[2]": float("nan")}}, "updates"),
+        ({"updates": {"f32[2]": 1e308}}, "updates"),
         ({"device": {**DEVICE.model_dump(mode="json"), "bandwidth": 0.0}}, "bandwidth"),
         ({"device": {**DEVICE.model_dump(mode="json"), "matmuls": []}}, "matmuls"),
         ({"device": {**DEVICE.model_dump(mode="json"), "memory_bytes": 10**30}}, "memory_bytes"),
