@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from p2bw.__main__ import app
 from p2bw.compiler.driver import Compiled, compile_model
+from p2bw.compiler.onnx import stages
 from p2bw.compiler.onnx.stages import TOLERANCE, export_onnx
 from p2bw.contract.errors import MismatchError, ModelError, UsageError
 from p2bw.contract.stages import find_model_file
@@ -99,6 +100,17 @@ def test_options_that_make_no_sense_together(options: list[str], artifact: Path)
     assert CliRunner().invoke(app, ["export", str(artifact), *options]).exit_code == 2
 
 
+def test_files_that_compute_something_else_are_not_kept(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_run", lambda *_: 0.0)
+    (tmp_path / "empty").mkdir()
+    for name in ("new/onnx", "empty"):
+        with pytest.raises(MismatchError, match="they are not kept"):
+            export_onnx(artifact, out=tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty", tmp_path / "new"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_again(name: str, tmp_path: Path) -> None:
@@ -118,6 +130,7 @@ def test_the_examples(name: str, compiled: Callable[[str, int], Compiled], tmp_p
     if name == "resnet":  # PyTorch's exporter drops label_smoothing, which only running it shows
         with pytest.raises(MismatchError, match="label_smoothing"):
             export_onnx(artifact, out=out)
+        assert not out.exists()
         return
     if name == "moe":  # opaque: its routing decides by values, and no graph of it exists
         with pytest.raises(ModelError, match=r"h\.0\.moe was not traced"):

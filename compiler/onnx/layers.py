@@ -129,15 +129,8 @@ def _conv(node: Node) -> None:
     common = {"stride": (_one(strides), "1"), "padding": (_one(padding), "0")}
     groups = {"dilation": (_one(dilations), "1"), "groups": (str(group), "1")}
     options = _options(**common, **groups)
-    bias = "" if node.has(2) else ", bias=False"
-    sizes = f"{shape[1] * group}, {shape[0]}, {_one(kernel)}"
-    leaf = node.leaf(f"nn.Conv{dims}d({sizes}{options}{bias})", x, 1, 2)
-    weights = ", ".join(node.tensor(i) for i in (1, 2) if node.has(i))
-    node.gives(
-        f"F.conv{dims}d({x}, {weights}{options})",
-        hint="conv",
-        leaf=leaf if _standard(node, 1, 2) else None,
-    )
+    channels = f"{shape[1] * group}, {shape[0]}"
+    _convolved(node, x, ("conv", f"Conv{dims}d"), f"{channels}, {_one(kernel)}", options)
 
 
 def _conv_transpose(node: Node) -> None:
@@ -157,13 +150,20 @@ def _conv_transpose(node: Node) -> None:
         output_padding=(_one(extra), "0"),
         groups=(str(group), "1"),
     ) + _options(dilation=(_one(dilations), "1"))
-    bias = "" if node.has(2) else ", bias=False"
+    names = ("conv_transpose", f"ConvTranspose{dims}d")
     sizes = f"{shape[0]}, {shape[1] * group}, {_one(kernel)}"
-    leaf = node.leaf(f"nn.ConvTranspose{dims}d({sizes}{options}{bias})", node.tensor(0), 1, 2)
+    _convolved(node, node.tensor(0), names, sizes, options)
+
+
+def _convolved(node: Node, x: str, names: tuple[str, str], sizes: str, options: str) -> None:
+    """What a convolution gives: as a module of these sizes, or as a function of x."""
+    function, module = names
+    bias = "" if node.has(2) else ", bias=False"
+    leaf = node.leaf(f"nn.{module}({sizes}{options}{bias})", x, 1, 2)
     weights = ", ".join(node.tensor(i) for i in (1, 2) if node.has(i))
     node.gives(
-        f"F.conv_transpose{dims}d({node.tensor(0)}, {weights}{options})",
-        hint="conv_transpose",
+        f"F.{function}{module[-2:]}({x}, {weights}{options})",
+        hint=function,
         leaf=leaf if _standard(node, 1, 2) else None,
     )
 

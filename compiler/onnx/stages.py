@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -84,22 +85,32 @@ def export_onnx(
         tensors = file.flatten_microbatch(inputs, targets)
         values = dict(zip((spec.name for spec in plan.inputs), tensors, strict=True))
         loss = file.call(original, inputs, targets).item()
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            names = _write_stages(artifact, plan, original, dict(values), out, progress)
+        with writing(out), _all_or_nothing(out) as fresh:
+            names = _write_stages(artifact, plan, original, dict(values), fresh, progress)
             text = json.dumps(_pipeline(plan, names), indent=2) + "\n"
-            (out / PIPELINE).write_text(text, encoding="utf-8")
-    progress("running the files")
-    got = _run(out, plan, names, values)
-    difference = None if got is None else abs(got - loss) / max(abs(loss), 1e-12)
-    if difference is not None and not difference <= TOLERANCE:
-        raise MismatchError(
-            f"the loss of the files in {out} is {got:.7g} in ONNX Runtime, and {loss:.7g} in the "
-            f"model in evaluation mode: do not use them. PyTorch's exporter does not keep all that "
-            f"the model does (of cross_entropy it drops label_smoothing), or the stages' code "
-            f"differs between training and evaluation"
-        )
+            (fresh / PIPELINE).write_text(text, encoding="utf-8")
+            progress("running the files")
+            got = _run(fresh, plan, names, values)
+            difference = None if got is None else abs(got - loss) / max(abs(loss), 1e-12)
+            if difference is not None and not difference <= TOLERANCE:
+                raise MismatchError(
+                    f"the loss of the files is {got:.7g} in ONNX Runtime, and {loss:.7g} in the "
+                    f"model in evaluation mode: they are not kept. PyTorch's exporter does not "
+                    f"keep all that the model does (of cross_entropy it drops label_smoothing), or "
+                    f"the stages' code differs between training and evaluation"
+                )
     return ExportedStages(files=(*names, PIPELINE), loss=loss, max_rel=difference)
+
+
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once all is well, and is gone otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        fresh = Path(scratch, "new")
+        fresh.mkdir()
+        yield fresh
+        fresh.replace(out)  # which is not there, or empty
 
 
 def _import_exporter() -> None:
