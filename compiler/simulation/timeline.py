@@ -9,7 +9,6 @@ from p2bw.contract.schedule import Action, Kind
 LEGEND = "3─── forward of microbatch 3, 3━━━ its backward, ▒ weights updated"
 _MARKS = {Kind.FORWARD: "─", Kind.BACKWARD: "━"}
 _DRAWN = (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE)
-_LEAST = 2  # columns of the shortest forward or backward
 
 Span = tuple[Kind, int, int, int]  # kind, microbatch, from, to (ps)
 
@@ -26,7 +25,9 @@ def draw_timeline(job: Job, width: int) -> list[str]:
     shortest = min(
         (end - began for own in spans for kind, _, began, end in own if kind in _MARKS), default=1
     )
-    step = max(1, shortest // _LEAST)  # ps of a column
+    # The shortest has room for its number, and a mark behind it.
+    columns = len(str(job.pipe.microbatches * job.pipe.batches - 1)) + 1
+    step = max(1, shortest // columns)  # ps of a column
     return [_line(own, step, width) for own in spans]
 
 
