@@ -37,8 +37,8 @@ def test_the_table_and_the_timeline(artifact: Path) -> None:
     lines = out.splitlines()
     # Forwards 0 to 2, then forward 3 follows the backward of 0, which all the stages wait for.
     first = next(line for line in lines if line.startswith("0 0"))
-    assert first.startswith("0 0─1─2─")
-    assert first.index("0━━━") < first.index("3─")
+    assert first.startswith("0 0──1──2──")
+    assert first.index("0━━━") < first.index("3──")
 
 
 def test_json_has_all(artifact: Path) -> None:
