@@ -6,8 +6,10 @@ import pytest
 from memory import CASES, Case, compiled
 from peaks import measure_peaks, planned_peaks
 
+from p2bw.compiler.devices import DEVICES
 from p2bw.compiler.driver import compile_model
 from p2bw.compiler.plan import Plan
+from p2bw.contract.errors import InfeasibleError
 
 PERCEPTRON = """
 import torch
@@ -85,3 +87,23 @@ def test_the_peak_under_other_schedules_and_optimizers(
     given = {"gpus": 2, "depth": 2, "microbatch": 256, "device": "cpu", **options}
     made = compile_model(tmp_path / "net.py", out=tmp_path / "out", **given)
     near(made.plan, made.artifact)
+
+
+def test_what_does_not_fit_as_counted_is_placed_again(tmp_path: Path) -> None:
+    """On a GPU AdamW updates all parameters together: more than the blocks add up to."""
+    (tmp_path / "net.py").write_text(PERCEPTRON.replace("OPTIMIZER", "AdamW(params)"))
+    given = {"gpus": 2, "depth": 2, "microbatch": 16, "device": "v100-16", "schedule": "flush"}
+    roomy = compile_model(tmp_path / "net.py", out=tmp_path / "roomy", **given).plan
+    device = DEVICES["v100-16"]
+    own = max(stage.memory.total - stage.memory.reserve for stage in roomy.stages)
+    just = round((own + device.context_bytes) / (1 - device.lost_fraction))
+    for memory, fits in ((just + 1000, True), (just - 1000, False)):
+        said: list[str] = []
+        given |= {"memory": f"{memory}B", "progress": said.append, "out": tmp_path / str(fits)}
+        if fits:
+            plan = compile_model(tmp_path / "net.py", **given).plan
+            assert all(stage.memory.total <= stage.memory.limit for stage in plan.stages)
+        else:
+            with pytest.raises(InfeasibleError):
+                compile_model(tmp_path / "net.py", **given)
+        assert (said.count("placing the stages") == 1) == fits
