@@ -413,9 +413,7 @@ def _fitting_plan(
     """
     for _ in range(_ROUNDS):
         placement = place()
-        with compiler.phase("emit"):
-            compiler.say(f"writing {placement.depth} stages")
-            plan, texts = _plan(compiler, placement)
+        plan, texts = _plan(compiler, placement)
         lacking = [
             stage.memory.total - numbers.total
             for stage, numbers in zip(plan.stages, placement.stages, strict=True)
@@ -468,13 +466,16 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         opaque=opaque_modules(program, cut),
         notes=program.notes,
     )
-    texts = emit_stages(program, cut)
+    with compiler.phase("emit"):
+        compiler.say(f"writing {placement.depth} stages")
+        texts = emit_stages(program, cut)
     with compiler.phase("memory"):
         compiler.say("counting memory")
         plan = with_memory(
             plan, program, cut, texts, compiler.file, compiler.topology.device.on_gpu
         )
-    return plan, with_headers(texts, program, plan)
+    with compiler.phase("emit"):
+        return plan, with_headers(texts, program, plan)
 
 
 def _model_source(compiler: _Compiler, program: Program) -> ModelSource:
