@@ -84,15 +84,15 @@ class Seconds(Data):
 
 
 class Memory(Data):
-    """Bytes of one stage at its peak, by kind, against what the device offers."""
+    """Bytes of one stage at its peak, by kind, against what the device offers (docs/memory.md)."""
 
     weights: Count  # all versions
     gradients: Count
     optimizer: Count
     stash: Count  # all microbatches in flight
     buffers: Count  # receive and send buffers, and the model's own buffers
-    transient: Count
-    reserve: Count
+    transient: Count  # what else is held in that moment
+    reserve: Count  # what the framework takes for itself
     total: Count
     limit: Count
 

@@ -1,6 +1,6 @@
-"""Which memory a tensor lives in: following aliases, and counting what autograd keeps alive."""
+"""Which memory a tensor lives in: following aliases."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from operator import getitem
 
 from torch import fx
@@ -45,37 +45,6 @@ def picked_output(program: Program, node: fx.Node, source: fx.Node) -> int:
         assert isinstance(index, int)
         return index
     return 0
-
-
-def saved_bytes(program: Program, nodes: Iterable[str]) -> int:
-    """Bytes that autograd keeps of one microbatch when exactly `nodes` run in one stage.
-
-    Each storage counts once. Parameters, buffers and constants do not count, received tensors and
-    program inputs do.
-    """
-    inside = frozenset(nodes)
-    kept = dict(kept_storages(program, inside))
-    return sum(kept.values())
-
-
-def kept_storages(
-    program: Program, nodes: Collection[str]
-) -> Iterator[tuple[tuple[str, str, int], int]]:
-    """What autograd keeps when `nodes` run in one stage: (kind, node, index) -> bytes, unsorted.
-
-    The key ("tensor", node, output) names a storage that the graph knows, ("fresh", node, index)
-    one that only autograd knows. Keys can come more than once, with equal bytes.
-    """
-    for name in nodes:
-        for saved in program.fact(name, "saved"):
-            if saved.kind == "fresh":
-                yield ("fresh", name, saved.index), saved.bytes
-                continue
-            maker, output = storage_of(program, *kept_tensor(program, name, saved), within=nodes)
-            if maker in nodes:
-                yield ("tensor", maker, output), saved.bytes
-            elif program.node(maker).op != "get_attr":
-                yield ("tensor", maker, output), program.facts[maker].out[output].bytes
 
 
 def kept_tensor(program: Program, name: str, saved: Saved) -> Storage:

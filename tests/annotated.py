@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2bw.compiler.devices import find_device
 from p2bw.compiler.interpret import call_opaque
+from p2bw.compiler.storage import kept_tensor, storage_of
 from p2bw.compiler.trace import trace
 from p2bw.modelfile.load import flatten_microbatch, load_model_file
 from p2bw.passes import pipeline, run_passes
@@ -78,3 +79,32 @@ class RealRun:
                             values[node.name] = node.target(*args, **kwargs)
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return values, size, random.calls
+
+
+def saved_bytes(program, nodes):
+    """Bytes that autograd keeps of one microbatch when exactly `nodes` run in one stage.
+
+    Each storage counts once. Parameters, buffers and constants do not count, received tensors and
+    program inputs do.
+    """
+    inside = frozenset(nodes)
+    kept = dict(kept_storages(program, inside))
+    return sum(kept.values())
+
+
+def kept_storages(program, nodes):
+    """What autograd keeps when `nodes` run in one stage: (kind, node, index) -> bytes, unsorted.
+
+    The key ("tensor", node, output) names a storage that the graph knows, ("fresh", node, index)
+    one that only autograd knows. Keys can come more than once, with equal bytes.
+    """
+    for name in nodes:
+        for saved in program.fact(name, "saved"):
+            if saved.kind == "fresh":
+                yield ("fresh", name, saved.index), saved.bytes
+                continue
+            maker, output = storage_of(program, *kept_tensor(program, name, saved), within=nodes)
+            if maker in nodes:
+                yield ("tensor", maker, output), saved.bytes
+            elif program.node(maker).op != "get_attr":
+                yield ("tensor", maker, output), program.facts[maker].out[output].bytes

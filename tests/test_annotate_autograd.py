@@ -1,11 +1,11 @@
 import pytest
 import torch
-from annotated import RealRun, annotated
+from annotated import RealRun, annotated, saved_bytes
 from corpus import CORPUS
 
 from p2bw.compiler.program import MissingFactError
 from p2bw.compiler.split import split
-from p2bw.compiler.storage import saved_bytes, storage_of
+from p2bw.compiler.storage import storage_of
 from p2bw.compiler.trace import trace
 from p2bw.modelfile.load import load_model_file
 from p2bw.passes import annotate_autograd, annotate_cost
