@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from corpus import ROOT
 
 from p2bw.compiler.driver import compile_model
 
+README = ROOT / "README.md"
 MODELS: dict[str, dict[str, object]] = {
     "hf_gpt2": {"width": 768, "heads": 12},
     "hf_bert": {"width": 768, "heads": 12},
@@ -20,7 +22,9 @@ MODELS: dict[str, dict[str, object]] = {
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", MODELS)
-def test_twelve_layers_in_four_stages(name: str, tmp_path: Path) -> None:
+def test_twelve_layers_in_four_stages(
+    name: str, tmp_path: Path, the_same: Callable[[Path, str], None]
+) -> None:
     made = compile_model(
         ROOT / "examples" / f"{name}.py",
         settings={"layers": 12, **MODELS[name]},
@@ -41,14 +45,13 @@ def test_twelve_layers_in_four_stages(name: str, tmp_path: Path) -> None:
     assert len({cls for cls, _, _ in found}) == 1
     assert whole >= 6, "most layers are whole, and one class in their stage"
     if name == "hf_gpt2":
-        shown = re.search(r"<!-- stage -->\n.*?```python\n(.*?)```", _readme(), re.DOTALL)
-        assert shown is not None
-        assert shown[1] == texts[2]
+        readme = README.read_text(encoding="utf-8")
+        begin, shown, rest = re.split(
+            r"(?<=```python\n)(\"\"\"Stage .*?)(?=```)", readme, flags=re.DOTALL
+        )
+        assert shown.startswith('"""Stage 2 of 4: GPT2LMHeadModel')
+        the_same(README, f"{begin}{texts[2]}{rest}")
 
 
 def _classes(text: str) -> list[ast.ClassDef]:
     return [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-
-
-def _readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
