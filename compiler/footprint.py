@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from p2bw.compiler.live import Live, Size
+from p2bw.compiler.live import Live, Size, rounded
 from p2bw.compiler.optimizer_state import OnesForNumbers
 from p2bw.compiler.plan import TiedSpec
 from p2bw.compiler.program import Program, tensor_arguments
@@ -73,6 +73,12 @@ def footprint(
         return stage.run(pipe)
 
 
+def message_sizes(graph: StageGraph, unit: int) -> dict[str, Size]:
+    """Of the tensors that come from other stages and go to them; `unit` is the allocator's."""
+    transfers = (*graph.receives, *graph.sends)
+    return {t.tensor: rounded(t.type.bytes, unit) for t in transfers}
+
+
 class _Rehearsal:
     """One stage on fake tensors, and how much of them lives."""
 
@@ -131,9 +137,7 @@ class _Rehearsal:
             rest=rest,
             gradients=sum(own, start=Size()),
             tied={tensor: sizes[name] for tensor, name in self.tied.items()},
-            messages={
-                t.tensor: live.size(t.type.bytes) for t in (*self.graph.receives, *self.graph.sends)
-            },
+            messages=message_sizes(self.graph, live.unit),
             small=sum((size for size in own if size.bytes < 1 << 20), start=Size()),
             stash=later.stash,
             results=later.results,

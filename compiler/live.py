@@ -29,6 +29,11 @@ class Size:
         return Size(self.bytes * count, self.blocks * count)
 
 
+def rounded(count: int, unit: int) -> Size:
+    """A storage of so many bytes, in whole units of the allocator's."""
+    return Size(count, -(-count // unit) * unit)
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operators make, each until its last tensor is gone.
 
@@ -72,7 +77,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.most = size
 
     def size(self, count: int) -> Size:
-        return Size(count, -(-count // self.unit) * self.unit)
+        return rounded(count, self.unit)
 
     @contextmanager
     def peak(self, found: list[Size]) -> Iterator[None]:

@@ -1,18 +1,17 @@
 """Profile: what was measured of a device and of a model's blocks on it, as a file of data."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from torch import fx
 
 from p2bw.compiler.devices import GIB, MIB, Device, parse_bytes
+from p2bw.compiler.kinds import block_kind
 from p2bw.compiler.plan import Data
 from p2bw.compiler.problem import Times
-from p2bw.compiler.program import Block, Program, TensorType, tensor_arguments
+from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.topology import DEFAULT_GPUS, Level, Topology, make_topology
 from p2bw.contract.errors import InputFileError, UsageError
 
@@ -204,39 +203,6 @@ def update_times(profile: Profile, program: Program) -> Mapping[TensorType, floa
         if str(kind) not in profile.updates:
             raise _other_model(profile, f"a parameter {kind}")
     return {kind: profile.updates[str(kind)] for kind in kinds}
-
-
-def block_kind(program: Program, block: Block) -> str:
-    """A digest of what decides how long a block takes: equal blocks have equal ones."""
-    number: dict[str, str] = {}
-    lines = []
-    for name in block.nodes:
-        node = program.node(name)
-        for argument in tensor_arguments(node):
-            if argument.name not in number:
-                number[argument.name] = f"@{len(number)}"
-                lines.append(f"{number[argument.name]} = {_given(program, argument)}")
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: number[n.name])
-        number[name] = f"%{len(number)}"
-        opaque = program.opaque.get(name)
-        called = (opaque.type_name, opaque.forward, opaque.backward) if opaque else node.target
-        lines.append(
-            f"{number[name]} = {called}{arguments} {program.facts[name].context}"
-            f" -> {_described(program, node)} {program.fact(node, 'flops_backward')}"
-            f" {program.fact(node, 'traffic_backward')}"
-        )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
-
-
-def _given(program: Program, node: fx.Node) -> str:
-    trainable = node.op == "get_attr" and str(node.target) in program.parameters
-    return f"{'parameter' if trainable else node.op} {_described(program, node)}"
-
-
-def _described(program: Program, node: fx.Node) -> str:
-    facts = program.facts[node.name]
-    kinds = ", ".join(map(str, facts.out))
-    return f"{kinds} {facts.strides} {facts.requires_grad}"
 
 
 def block_times(profile: Profile, program: Program) -> Mapping[str, Times]:

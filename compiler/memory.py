@@ -1,11 +1,12 @@
 """The memory of a plan's stages: of each one's own code, run by the runtime on fake tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from p2bw.compiler.footprint import Footprint, footprint
+from p2bw.compiler.footprint import BLOCK, Footprint, footprint, message_sizes
+from p2bw.compiler.kinds import stage_kind
 from p2bw.compiler.peak import BATCHES, walk
 from p2bw.compiler.plan import Memory, Plan, Stage
 from p2bw.compiler.program import Program
@@ -33,7 +34,7 @@ def with_memory(
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        held = [stages.footprint(plan, index, Path(folder)) for index in range(plan.depth)]
+        held = stages.footprints(plan, Path(folder))
     counted = stages.count(plan, held)
     if plan.extra_in_flight and any(s.memory.total > s.memory.limit for s in counted.stages):
         counted = stages.count(plan.model_copy(update={"extra_in_flight": 0}), held)
@@ -47,17 +48,28 @@ class _Stages:
     file: ModelFile
     on_gpu: bool
 
-    def footprint(self, plan: Plan, index: int, folder: Path) -> Footprint:
-        return footprint(
-            self.program,
-            self.cut[index],
-            folder,
-            self.file,
-            recompute=plan.stages[index].recompute,
-            pipe=_pipeline(plan),
-            tied=plan.tied,
-            on_gpu=self.on_gpu,
-        )
+    def footprints(self, plan: Plan, folder: Path) -> list[Footprint]:
+        """Of every stage; those that are alike are counted once."""
+        pipe, found = _pipeline(plan), dict[str, Footprint]()
+        unit = BLOCK if self.on_gpu else 1
+        held = []
+        for stage, graph in zip(plan.stages, self.cut, strict=True):
+            shared = [t for t in plan.tied if stage.index in t.stages and len(t.stages) > 1]
+            state = (stage.memory.weights, stage.memory.optimizer)
+            kind = f"{stage.recompute} {shared} {state} {stage_kind(self.program, graph)}"
+            if kind not in found:
+                found[kind] = footprint(
+                    self.program,
+                    graph,
+                    folder,
+                    self.file,
+                    recompute=stage.recompute,
+                    pipe=pipe,
+                    tied=plan.tied,
+                    on_gpu=self.on_gpu,
+                )
+            held.append(replace(found[kind], messages=message_sizes(graph, unit)))
+        return held
 
     def count(self, plan: Plan, held: Sequence[Footprint]) -> Plan:
         pipe = _pipeline(plan)

@@ -30,7 +30,8 @@ class Walk:
         self.in_flight = 0  # the most microbatches ever
         self.flying = 0
         self.inbound = [c for c in pipe.channels if c.target == stage]
-        self.posted: Counter[Channel] = Counter()
+        self.size = {c: _message(held, c) for c in self.inbound}
+        self.posted = Size()  # messages whose receives are
         self.sent = Size()  # the last messages that went out: each is kept until the next
         self.accumulating: set[int] = set()  # versions whose leaves have gradients
         self.closed = 0  # batches whose gradients wait for their update
@@ -52,13 +53,13 @@ class Walk:
 
     def perform(self, action: Action) -> None:
         self.act[action.kind](action)
-        self._reach(Size())
+        if action.kind is not Kind.SEND:
+            self._reach(Size())
 
     def _reach(self, more: Size) -> None:
         """So much more is held for a moment."""
         held = self.held
-        posted = _total(_message(held, c) * count for c, count in self.posted.items())
-        buffers = self.sent + posted
+        buffers = self.sent + self.posted
         now = held.rest + held.stash * self.flying + buffers + more
         now += held.gradients * (len(self.accumulating) + self.closed)
         now += held.small * self.summing
@@ -69,12 +70,12 @@ class Walk:
 
     def _receive(self, action: Action) -> None:
         assert action.channel is not None
-        self.posted[action.channel] += 1
+        self.posted += self.size[action.channel]
 
     def _take(self, flow: Flow) -> None:
         for channel in self.inbound:
             if channel.flow is flow:
-                self.posted[channel] -= 1
+                self.posted -= self.size[channel]
 
     def _send(self, action: Action) -> None:
         channel = action.channel
@@ -119,7 +120,7 @@ class Walk:
         self._reach(Size())
         for channel in self.inbound:
             if channel.flow is Flow.TIED and channel.tensor in names:
-                self.posted[channel] -= 1
+                self.posted -= self.size[channel]
 
     def _update(self, action: Action) -> None:
         self._reach(self.held.update)
@@ -139,7 +140,3 @@ def _message(held: Footprint, channel: Channel) -> Size:
             return held.tied[channel.tensor]
         case _:
             return Size()
-
-
-def _total(sizes: Iterable[Size]) -> Size:
-    return sum(sizes, start=Size())

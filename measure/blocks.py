@@ -11,7 +11,8 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from p2bw.compiler.measured import Check, Kind, Timing, block_kind
+from p2bw.compiler.kinds import block_kind
+from p2bw.compiler.measured import Check, Kind, Timing
 from p2bw.compiler.plan import Data
 from p2bw.compiler.program import Block, Program
 from p2bw.measure.cache import Cache

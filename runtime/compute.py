@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from p2bw.contract.arrival import arrive
 from p2bw.contract.errors import MismatchError
 from p2bw.contract.plan import Stage, describe
-from p2bw.runtime.feed import seed_forward
+from p2bw.contract.seeds import seed_forward
 from p2bw.runtime.weights import Weights
 
 

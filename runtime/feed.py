@@ -1,6 +1,5 @@
-"""A rank's microbatches, and the random numbers of its forwards: functions of the seed alone."""
+"""A rank's microbatches: a function of the seed alone."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,20 +67,3 @@ class Feed:
         finally:
             self.state = torch.get_rng_state()
             torch.set_rng_state(theirs)
-
-
-def forward_seed(seed: int, stage: int, microbatch: int) -> int:
-    """What the generator is seeded with before a stage's forward, and again for its recompute.
-
-    `microbatch` counts over all replicas. A dropout mask thus depends on neither timing nor the
-    schedule nor recomputation.
-    """
-    digest = hashlib.sha256(f"p2bw {seed} {stage} {microbatch}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def seed_forward(seed: int, stage: int, microbatch: int, device: torch.device) -> None:
-    value = forward_seed(seed, stage, microbatch)
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)

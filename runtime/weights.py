@@ -12,6 +12,8 @@ from p2bw.contract.checkpoint import StageState
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
+TOGETHER = 1 << 28  # bytes of parameters that are updated at once
+
 
 class Weights:
     """Version v of the trainable parameters lives in the leaf tensors of set v % copies.
@@ -143,6 +145,20 @@ class Updater:
         if self.parameters:
             self.optimizer = make_optimizer(self.parameters.items())
             self.scheduler = make_scheduler(self.optimizer)
+        self.parts = self._parts()
+
+    def _parts(self) -> list[list[str]]:
+        """What is updated at once: fp32 gradients of 16-bit weights, and what the optimizer makes
+        for a moment, are as large. Torch's own skip parameters that have no gradient."""
+        names, kind = list(self.parameters), type(self.optimizer)
+        if not kind.__module__.startswith("torch.optim") or kind is torch.optim.LBFGS:
+            return [names]
+        parts: dict[int, list[str]] = {}
+        before = 0
+        for name in names:
+            parts.setdefault(before // TOGETHER, []).append(name)
+            before += self.parameters[name].nbytes
+        return list(parts.values())
 
     @property
     def learning_rate(self) -> float | None:
@@ -161,14 +177,15 @@ class Updater:
                 torch._foreach_copy_([new[n] for n in self.direct], [old[n] for n in self.direct])
                 for name in self.direct:
                     self.parameters[name].data = new[name].data
-            given = []
-            for name, parameter in self.parameters.items():
-                if name in gradients:
-                    parameter.grad = gradients[name].to(parameter.dtype)
-                    given.append(parameter.grad)
+        for part in self.parts:
+            given = {n: gradients[n].to(self.parameters[n].dtype) for n in part if n in gradients}
             if scale is not None and given:
-                torch._foreach_mul_(given, scale)
-        self.optimizer.step()
+                torch._foreach_mul_(list(given.values()), scale)
+            for name in given:
+                self.parameters[name].grad = given[name]
+            del given  # the optimizer's are the last references
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.rounded:
             with torch.no_grad():
                 masters: list[Tensor] = [self.parameters[n] for n in self.rounded]
@@ -176,7 +193,6 @@ class Updater:
         # Writing through another tensor, the optimizer left no trace on the leaves: with it, a
         # backward that still needs the overwritten version raises instead of being wrong.
         torch.autograd.graph.increment_version([new[name] for name in self.parameters])
-        self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from p2bw.runtime.feed import forward_seed
+from p2bw.contract.seeds import forward_seed
 
 Step = Callable[[nn.Module, object, Callable[[int], None]], Tensor]
 
