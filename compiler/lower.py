@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 import networkx as nx
+import torch
 from torch import fx
 
 from p2bw.compiler.devices import Device
@@ -19,6 +20,7 @@ from p2bw.compiler.problem import (
 from p2bw.compiler.program import Attribute, Block, Program, TensorType, tensor_arguments
 from p2bw.compiler.storage import kept_tensor, storage_of
 from p2bw.compiler.topology import Topology
+from p2bw.runtime.weights import TOGETHER
 
 
 def placement_problem(
@@ -64,7 +66,9 @@ def _block(program: Program, block: Block, stash: int, on: Mapping[str, Program]
         backward_s=times.backward_s,
         on={kind: _times(other, block) for kind, other in on.items()},
         stash_bytes=stash,
-        transient_bytes=max(transient_bytes(program, node) for node in nodes),
+        transient_bytes=max(
+            _update_bytes(program, nodes), *(transient_bytes(program, node) for node in nodes)
+        ),
         buffer_bytes=sum(
             program.facts[name].out[0].bytes
             for name in {a.name for node in nodes for a in tensor_arguments(node)}
@@ -97,13 +101,24 @@ def transient_bytes(program: Program, node: fx.Node) -> int:
     given = sum(
         kind.bytes
         for argument in set(tensor_arguments(node))
-        if argument.op == "call_function"
         for kind, needed in zip(
             program.facts[argument.name].out, program.fact(argument, "requires_grad"), strict=True
         )
         if needed
     )
     return made + given
+
+
+def _update_bytes(program: Program, nodes: Iterable[fx.Node]) -> int:
+    """What updating a block's parameters holds for a moment: as much as is updated at once, and
+    of 16-bit weights a gradient in fp32 besides."""
+    sizes = []
+    for node in {a for n in nodes for a in tensor_arguments(n) if a.op == "get_attr"}:
+        attribute = program.parameters.get(str(node.target))
+        if attribute is not None and attribute.trainable:
+            small = attribute.type.dtype in (torch.bfloat16, torch.float16)
+            sizes.append(attribute.type.bytes * (4 if small else 1))  # twice as large, twice
+    return min(sum(sizes), 2 * TOGETHER + max(sizes, default=0))
 
 
 def _stash(program: Program, home: Mapping[str, str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from p2bw.compiler.devices import find_device
 from p2bw.compiler.dump import dump
 from p2bw.compiler.program import (
     Attribute,
@@ -276,11 +277,12 @@ def test_the_needed_passes_are_named():
     with pytest.raises(MissingFactError, match="run annotate_autograd first"):
         group_blocks(unknown)
     _, annotated_program = annotated(CORPUS[0])
-    passes = pipeline(None)
+    passes = pipeline(find_device("cpu"))
     with pytest.raises(MissingFactError, match="annotate_cost needs annotate_autograd"):
         run_passes(program, passes[1:])
+    broken = replace(passes[2], function=lambda program: program.nothing)
     with pytest.raises(AttributeError) as error:
-        run_passes(replace(annotated_program, blocks=None), passes[2:])
+        run_passes(replace(annotated_program, blocks=None), [broken])
     assert "in pass annotate_time, after trace, annotate_autograd" in error.value.__notes__[0]
 
 

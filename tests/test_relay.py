@@ -234,7 +234,8 @@ def test_training_equals_the_reference_bitwise(tmp_path: Path, jobs: list[Job]) 
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(listed))
     script = Path(__file__).parent / "many_runs.py"
-    done = torchrun(4, str(script), str(tmp_path / "jobs.json"))
+    ranks = max(read_plan(job.artifact).ranks for job in jobs)
+    done = torchrun(ranks, str(script), str(tmp_path / "jobs.json"))
     assert done.returncode == 0, done.stderr
     for case, job in zip(TRAINED, jobs, strict=True):
         trained = train_in_threads(job)

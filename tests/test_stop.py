@@ -100,7 +100,7 @@ def test_ctrl_c_keeps_the_best_plan_and_its_gap(hard, tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     begin = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert time.monotonic() - begin < 20
     assert process.returncode == 0, err
     assert "the best plan so far is kept" in err
@@ -116,7 +116,7 @@ def test_ctrl_c_during_compile_writes_the_best_plan(tmp_path):
     process = start("compile", "wide.py", *options, cwd=tmp_path)
     wait_for(process, "CP-SAT")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     plan = json.loads(out)
     assert plan["optimality"]["status"] == "feasible"
@@ -130,7 +130,7 @@ def test_ctrl_c_before_the_search_ends_at_once(tmp_path):
     process = start("compile", "wide.py", cwd=tmp_path)
     wait_for(process, "tracing")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "interrupted" in err
     assert not (tmp_path / "build").exists()
@@ -154,14 +154,14 @@ def test_a_second_ctrl_c_aborts(tmp_path):
     assert "Ctrl-C again aborts" in process.stdout.readline()
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "interrupted" in err
 
 
 def test_the_limit_keeps_the_best_plan_and_is_named(hard, tmp_path):
     process = start("solve", hard, "--stages", 8, "--limit", 2, cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "stopped by the limit of 2 s" in out.replace("\n", " ")
     assert "gap" in err
@@ -169,12 +169,12 @@ def test_the_limit_keeps_the_best_plan_and_is_named(hard, tmp_path):
 
 def test_the_limit_without_a_plan_exits_5_and_claims_nothing(hard, tmp_path):
     process = start("solve", hard, "--limit", 1e-9, cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (5, "")
     assert "none ruled out" in err
     (tmp_path / "wide.py").write_text(WIDE)
     process = start("compile", "wide.py", "--microbatch", 1, "--limit", 1e-9, cwd=tmp_path)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 5, err
     assert not (tmp_path / "build").exists()
 
@@ -182,7 +182,7 @@ def test_the_limit_without_a_plan_exits_5_and_claims_nothing(hard, tmp_path):
 @pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf"])
 def test_a_limit_that_is_none(limit, hard, tmp_path):
     process = start("solve", hard, "--limit", limit, cwd=tmp_path)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 2, err
     assert "give seconds, more than 0" in err
 
