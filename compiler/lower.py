@@ -118,7 +118,7 @@ def _update_bytes(program: Program, nodes: Iterable[fx.Node]) -> int:
         if attribute is not None and attribute.trainable:
             small = attribute.type.dtype in (torch.bfloat16, torch.float16)
             sizes.append(attribute.type.bytes * (4 if small else 1))  # twice as large, twice
-    return min(sum(sizes), 2 * TOGETHER + max(sizes, default=0))
+    return min(sum(sizes), max(2 * TOGETHER, *sizes, 0))
 
 
 def _stash(program: Program, home: Mapping[str, str]) -> dict[str, int]:

@@ -153,12 +153,13 @@ class Updater:
         names, kind = list(self.parameters), type(self.optimizer)
         if not kind.__module__.startswith("torch.optim") or kind is torch.optim.LBFGS:
             return [names]
-        parts: dict[int, list[str]] = {}
-        before = 0
+        parts: list[list[str]] = [[]]
         for name in names:
-            parts.setdefault(before // TOGETHER, []).append(name)
-            before += self.parameters[name].nbytes
-        return list(parts.values())
+            together = sum(self.parameters[n].nbytes for n in (*parts[-1], name))
+            if parts[-1] and together > TOGETHER:
+                parts.append([])
+            parts[-1].append(name)
+        return parts
 
     @property
     def learning_rate(self) -> float | None:

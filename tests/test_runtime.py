@@ -20,7 +20,7 @@ from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan
 from p2bw.contract.schedule import Action, Flow, Pipeline
 from p2bw.contract.stages import find_model_file
-from p2bw.runtime import compute, prepare
+from p2bw.runtime import compute, prepare, weights
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.feed import Feed
 from p2bw.runtime.local import LocalTransport, Trained, train_in_threads
@@ -122,6 +122,22 @@ def test_equals_the_reference_bitwise(
     artifact = write_artifact(tmp_path / "a", depth=depth, optimizer=optimizer, extra=extra)
     job = Job(artifact=artifact, steps=STEPS, seed=3, schedule=schedule, microbatches=m)
     assert differences(job, train_in_threads(job)) == {}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_updates_part_by_part_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.setattr(weights, "TOGETHER", 600)  # bytes
+    artifact = write_artifact(tmp_path / "a", depth=2, optimizer=optimizer)
+    job = Job(artifact=artifact, steps=STEPS, schedule="2bw", microbatches=2, clip_norm=1.0)
+    trained = train_in_threads(job)
+    assert differences(job, trained) == {}
+    for worker in trained.workers:
+        sizes = [[worker.own.parameters[n].nbytes for n in p] for p in worker.own.parts]
+        assert len(sizes) > 2
+        assert any(len(part) > 1 for part in sizes)
+        assert all(len(part) == 1 or sum(part) <= 600 for part in sizes)
 
 
 @pytest.mark.parametrize(
