@@ -201,9 +201,9 @@ def gpt_1t(
 ) -> GPT:
     """1008B parameters: the largest of Megatron-LM (arXiv:2104.04473), on 3,072 GPUs.
 
-    With Adafactor, whose state is a row and a column of each matrix, and half of its context:
-    AdamW's two moments beside masters in float32, or twice the activations of the 256 microbatches
-    in flight, are more than 80 GB hold.
+    With Adafactor, whose state is a row and a column of each matrix, half of its context, and
+    --schedule flush: neither AdamW's moments beside masters in float32, nor twice the activations,
+    nor two versions of the weights with gradients that wait for other replicas fit into 80 GB.
     """
     global factored
     built = model(layers, width, heads, context, vocab, dropout, dtype)
