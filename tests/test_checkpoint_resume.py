@@ -80,10 +80,12 @@ def train(artifact: Path, steps: int, **given: Any) -> Run:
     prepared, done, store = prepare(job), Run(), dist.HashStore()
     ranks = range(prepared.plan.ranks)
 
+    # One after the other: what watches how opaque modules are built is the whole process's.
+    modules = [load_stage(artifact, prepared.plan.position(rank)[0]) for rank in ranks]
+
     def start(rank: int) -> Any:
-        module = load_stage(artifact, prepared.plan.position(rank)[0])
         say = done.said.append if rank == 0 else lambda text: None
-        return begin(prepared, options, rank, module, store, say=say)
+        return begin(prepared, options, rank, modules[rank], store, say=say)
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         begun = list(pool.map(start, ranks))
