@@ -35,6 +35,19 @@ Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact of co
 ModelPath = Annotated[
     Path | None, typer.Option("--model", help="The model file, if it has moved.", metavar="FILE")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
+]
+Autocast = Annotated[
+    str | None, typer.Option(help="bf16: forward and loss run under torch.autocast.")
+]
+
+
+def split_model(text: str) -> tuple[str, str]:
+    """'model.py:small' -> ('model.py', 'small'); without a factory it is 'model'."""
+    path, _, factory = text.partition(":")
+    return path, factory or "model"
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,16 +7,19 @@ import typer
 
 from p2bw.app import (
     Artifact,
+    Autocast,
     Debug,
     Gap,
     Json,
     Limit,
     ModelPath,
     Quiet,
+    Settings,
     app,
     fail,
     print_json,
     reporting,
+    split_model,
 )
 
 if TYPE_CHECKING:
@@ -54,14 +57,9 @@ def compile_command(
     clip_norm: Annotated[
         float | None, typer.Option(help="Limit the norm of each update's gradients.", metavar="X")
     ] = None,
-    autocast: Annotated[
-        str | None, typer.Option(help="bf16: forward and loss run under torch.autocast.")
-    ] = None,
+    autocast: Autocast = None,
     recompute: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
-    ] = None,
+    settings: Settings = None,
     pin: Annotated[
         list[str] | None,
         typer.Option(help="Have these modules in that stage.", metavar="GLOB=STAGE"),
@@ -117,11 +115,11 @@ def compile_command(
         from p2bw.progress import progress, stopping
         from p2bw.tables import print_plan, print_seconds
 
-        path, _, factory = model.partition(":")
+        path, factory = split_model(model)
         with progress(quiet) as say:
             compiled = compile_model(
                 path,
-                factory=factory or "model",
+                factory=factory,
                 settings=parse_settings(settings or []),
                 gpus=gpus,
                 out=out,

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2bw.app import Debug, Json, Quiet, app, print_json, reporting
+from p2bw.app import (
+    Autocast,
+    Debug,
+    Json,
+    Quiet,
+    Settings,
+    app,
+    print_json,
+    reporting,
+    split_model,
+)
 
 if TYPE_CHECKING:
     from p2bw.compiler.measured import Profile
@@ -18,13 +28,8 @@ def profile_command(
         list[int] | None,
         typer.Option(help="Samples in one microbatch; may be given several times.  [1, 2, 4]"),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
-    ] = None,
-    autocast: Annotated[
-        str | None, typer.Option(help="bf16: forward and loss run under torch.autocast.")
-    ] = None,
+    settings: Settings = None,
+    autocast: Autocast = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write the profile.  [build/MODEL.profile.json]")
     ] = None,
@@ -50,14 +55,14 @@ def profile_command(
         from p2bw.modelfile.load import parse_settings
         from p2bw.progress import progress
 
-        path, _, factory = model.partition(":")
-        name = Path(path).stem + (f"_{factory}" if factory not in ("", "model") else "")
+        path, factory = split_model(model)
+        name = Path(path).stem + (f"_{factory}" if factory != "model" else "")
         out = out or Path("build", f"{name}.profile.json")
         check_file("--out", out)
         with progress(quiet) as say:
             profile = profile_model(
                 path,
-                factory=factory or "model",
+                factory=factory,
                 settings=parse_settings(settings or []),
                 microbatches=microbatch or (),
                 autocast=autocast,

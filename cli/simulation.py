@@ -79,10 +79,6 @@ def parse_stragglers(texts: list[str]) -> dict[int, float]:
 
 def parse_jitter(text: str) -> float:
     """'5%' -> 0.05, as is '0.05'."""
-    from p2bw.contract.errors import UsageError
+    from p2bw.compiler.units import parse_share
 
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text, re.ASCII)
-    value = float(match[1]) / (100 if match[2] else 1) if match else 1.0
-    if not value < 1:
-        raise UsageError(f"--jitter {text}: give a share below 1, like 5% or 0.05")
-    return value
+    return parse_share("--jitter", text, "5% or 0.05")

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2bw.app import Debug, Gap, Json, Quiet, app, print_json, reporting
+from p2bw.app import (
+    Autocast,
+    Debug,
+    Gap,
+    Json,
+    Quiet,
+    Settings,
+    app,
+    print_json,
+    reporting,
+    split_model,
+)
 
 if TYPE_CHECKING:
     from p2bw.compiler.sweep import Row
@@ -28,14 +39,9 @@ def sweep_command(
         str, typer.Option(help="Samples per update, of all replicas together: 512,2048.  [any]")
     ] = "",
     schedule: Annotated[str, typer.Option(help="Of 2bw, flush, gpipe and stash.")] = "2bw",
-    autocast: Annotated[
-        str | None, typer.Option(help="bf16: forward and loss run under torch.autocast.")
-    ] = None,
+    autocast: Autocast = None,
     recompute: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An argument of the factory."),
-    ] = None,
+    settings: Settings = None,
     price: Annotated[
         list[str] | None,
         typer.Option(help="What an hour of a device costs: a100-80=4.1.", metavar="DEVICE=X"),
@@ -54,11 +60,11 @@ def sweep_command(
         from p2bw.modelfile.load import parse_settings
         from p2bw.progress import progress
 
-        path, _, factory = model.partition(":")
+        path, factory = split_model(model)
         with progress(quiet) as say:
             rows = sweep(
                 path,
-                factory=factory or "model",
+                factory=factory,
                 settings=parse_settings(settings or []),
                 gpus=parse_counts("--gpus", gpus),
                 device=_split(device),

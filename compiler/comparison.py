@@ -18,7 +18,7 @@ from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 from p2bw.telemetry.trace import RUN
 
 _LEAST = 4  # updates: the first two fill the pipeline and warm up, the last drains it
-_COMPUTE = re.compile(r"([FBUMN])(\d+)(?: w\d+)?")
+_COMPUTE = re.compile(r"([FBUM])(\d+)(?: w\d+)?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from p2bw.compiler.peak import BATCHES, walk
 from p2bw.compiler.plan import Memory, Plan, Stage
 from p2bw.compiler.program import Program
 from p2bw.compiler.split import StageGraph
-from p2bw.contract.plan import plan_from
 from p2bw.contract.schedule import Pipeline, make_pipeline
 from p2bw.modelfile.load import ModelFile
 
@@ -103,5 +102,5 @@ class _Stages:
 
 
 def _pipeline(plan: Plan) -> Pipeline:
-    run = plan_from(plan.model_dump(mode="json", by_alias=True))
+    run = plan.for_runtime()
     return make_pipeline(run, batches=BATCHES, clipped=plan.clip_norm is not None)

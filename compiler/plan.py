@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from p2bw.contract import plan as contract
 from p2bw.contract.errors import InputFileError
 
 Count = Annotated[int, Field(ge=0)]
@@ -161,6 +162,10 @@ class Plan(Data):
         """The contents of plan.json."""
         left_out = {name for name in ("constraints", "opaque", "notes") if not getattr(self, name)}
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
+
+    def for_runtime(self) -> contract.Plan:
+        """What the runtime, and the schedules that it performs, know of it."""
+        return contract.plan_from(self.model_dump(mode="json", by_alias=True))
 
     def to_json(self) -> str:
         return json.dumps(self.to_data(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,7 +3,6 @@
 from p2bw.compiler.placement.instance import Instance
 from p2bw.compiler.plan import Plan
 from p2bw.contract.check import check
-from p2bw.contract.plan import plan_from
 from p2bw.contract.schedule import make_pipeline
 
 
@@ -12,7 +11,7 @@ def check_schedule(plan: Plan, instance: Instance) -> None:
 
     Three batches fill the pipeline, keep it full and drain it.
     """
-    run = plan_from(plan.model_dump(mode="json", by_alias=True))
+    run = plan.for_runtime()
     proof = check(make_pipeline(run, batches=3, clipped=plan.clip_norm is not None))
     copies = instance.gradient_copies(plan.width)
     for k in range(plan.depth):

@@ -52,10 +52,15 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def parse_gap(text: str) -> float:
     """'1%' -> 0.01, as is '0.01'."""
+    return parse_share("--gap", text, "1% or 0.01; 0 for the optimum")
+
+
+def parse_share(option: str, text: str, like: str) -> float:
+    """'5%' -> 0.05, as is '0.05'; UsageError, with what it could be `like`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text, re.ASCII)
     value = float(match[1]) / (100 if match[2] else 1) if match else 1.0
     if not value < 1:
-        raise UsageError(f"--gap {text}: give a share below 1, like 1% or 0.01; 0 for the optimum")
+        raise UsageError(f"{option} {text}: give a share below 1, like {like}")
     return value
 
 

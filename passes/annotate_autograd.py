@@ -237,7 +237,7 @@ class _CountRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _run(node: fx.Node, call: Call, on_gpu: bool) -> _Observation:
-    with _plain_recurrence(), _CountRandom() as random:
+    with without_onednn(), _CountRandom() as random:
         tensors, result, kept = _invoke(node, call)
     results = list(flatten_tensors(result))
     owner = {storage_of(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
@@ -271,7 +271,7 @@ def _invoke(node: fx.Node, call: Call) -> tuple[tuple[Tensor, ...], Any, list[Te
 
 
 @contextmanager
-def _plain_recurrence() -> Iterator[None]:
+def without_onednn() -> Iterator[None]:
     """Without oneDNN, whose recurrent layers keep a workspace that has no size on fake tensors."""
     flags: Any = torch.backends.mkldnn
     enabled = flags.enabled

@@ -1,14 +1,11 @@
 """Floating-point operations of a model as torch counts them: the oracle for what passes count."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2bw.modelfile.load import ModelFile
+from p2bw.passes.annotate_autograd import without_onednn
 
 
 def count(file: ModelFile, device: str, batch_size: int) -> tuple[int, int]:
@@ -35,17 +32,5 @@ def count_anywhere(file: ModelFile, batch_size: int) -> tuple[int, int]:
     try:
         return count(file, "meta", batch_size)
     except (NotImplementedError, RuntimeError):
-        with _without_onednn(), sdpa_kernel(SDPBackend.MATH):
+        with without_onednn(), sdpa_kernel(SDPBackend.MATH):
             return count(file, "cpu", batch_size)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """torch.backends.mkldnn.flags sets more, warns of it, and then does not set it back."""
-    flags: Any = torch.backends.mkldnn
-    enabled = flags.enabled
-    flags.enabled = False
-    try:
-        yield
-    finally:
-        flags.enabled = enabled

@@ -7,7 +7,6 @@ from p2bw.compiler.plan import Plan, Stage
 from p2bw.compiler.topology import Topology
 from p2bw.contract.check import planned_stash
 from p2bw.contract.errors import UsageError
-from p2bw.contract.plan import plan_from
 from p2bw.contract.schedule import Channel, Flow, Kind, Pipeline, make_pipeline
 
 PS = 10**12  # picoseconds in a second
@@ -64,7 +63,7 @@ def make_job(
     stragglers: Mapping[int, float] | None = None,
 ) -> Job:
     """UsageError for times, stragglers or a jitter that do not fit the plan."""
-    run = plan_from(plan.model_dump(mode="json", by_alias=True))
+    run = plan.for_runtime()
     pipe = make_pipeline(run, batches=batches, clipped=plan.clip_norm is not None)
     times = times if times is not None else [planned_times(plan, s) for s in plan.stages]
     if len(times) != plan.depth:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from p2bw.compiler.plan import Plan
 from p2bw.compiler.simulation.job import PS, Job
-from p2bw.contract.plan import plan_from
 from p2bw.contract.schedule import Action
 from p2bw.telemetry.trace import Trace, join_parts
 
@@ -26,7 +25,7 @@ class Spans:
 
     def write(self, path: Path, plan: Plan, classes: tuple[tuple[int, ...], ...]) -> None:
         """Every rank's, those of a class alike."""
-        run = plan_from(plan.model_dump(mode="json", by_alias=True))
+        run = plan.for_runtime()
         for own, replicas in enumerate(classes):
             for stage in plan.stages:
                 for replica in replicas:
