@@ -50,6 +50,16 @@ def split_model(text: str) -> tuple[str, str]:
     return path, factory or "model"
 
 
+def parse_counts(option: str, text: str, like: str) -> list[int]:
+    """'4, 8,8' -> [4, 8]; UsageError, with what it could be `like`."""
+    from p2bw.contract.errors import UsageError
+
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
+        raise UsageError(f"{option} {text}: give numbers with commas between them, like {like}")
+    return list(dict.fromkeys(map(int, words)))
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"p2bw {__version__}")

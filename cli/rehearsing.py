@@ -4,7 +4,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2bw.app import Artifact, Debug, Json, ModelPath, Quiet, app, print_json, reporting
+from p2bw.app import (
+    Artifact,
+    Debug,
+    Json,
+    ModelPath,
+    Quiet,
+    app,
+    parse_counts,
+    print_json,
+    reporting,
+)
 
 if TYPE_CHECKING:
     from p2bw.measure.rehearsal import Rehearsal
@@ -36,7 +46,7 @@ def rehearse_command(
         with progress(quiet) as say:
             result = rehearse(
                 artifact,
-                stages=_numbers(stages),
+                stages=None if stages is None else parse_counts("--stages", stages, "0,3"),
                 microbatches=microbatches,
                 model=model,
                 device=device,
@@ -47,18 +57,6 @@ def rehearse_command(
             print_json(result.to_json())
         elif not quiet:
             print_rehearsal(result)
-
-
-def _numbers(stages: str | None) -> list[int] | None:
-    """'0,3' -> [0, 3]."""
-    from p2bw.contract.errors import UsageError
-
-    if stages is None:
-        return None
-    words = stages.split(",")
-    if not all(word.strip().isascii() and word.strip().isdecimal() for word in words):
-        raise UsageError(f"--stages {stages}: write numbers with commas between them, like 0,3")
-    return [int(word) for word in words]
 
 
 def print_rehearsal(result: "Rehearsal") -> None:

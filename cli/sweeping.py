@@ -15,6 +15,7 @@ from p2bw.app import (
     Quiet,
     Settings,
     app,
+    parse_counts,
     print_json,
     reporting,
     split_model,
@@ -66,11 +67,11 @@ def sweep_command(
                 path,
                 factory=factory,
                 settings=parse_settings(settings or []),
-                gpus=parse_counts("--gpus", gpus),
+                gpus=parse_counts("--gpus", gpus, "4,8,16"),
                 device=_split(device),
                 memory=_split(memory),
                 cluster=cluster,
-                batch=parse_counts("--batch", batch),
+                batch=parse_counts("--batch", batch, "512,2048") if batch else (),
                 schedule=_split(schedule),
                 autocast=autocast,
                 recompute=recompute,
@@ -87,16 +88,6 @@ def sweep_command(
 
 def _split(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def parse_counts(option: str, text: str) -> list[int]:
-    """'4,8' -> [4, 8]."""
-    from p2bw.contract.errors import UsageError
-
-    parts = _split(text)
-    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
-        raise UsageError(f"{option} {text}: give numbers with commas between them, like 4,8,16")
-    return [int(part) for part in parts]
 
 
 def parse_prices(texts: list[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from p2bw.compiler.plan import Plan
+from p2bw.compiler.plan import Plan, wrong_field
 from p2bw.compiler.simulation.job import StageTimes, planned_times
 from p2bw.compiler.simulation.simulate import simulate
 from p2bw.contract.errors import InputFileError, MismatchError, UsageError
@@ -167,9 +167,8 @@ def _read(path: Path) -> tuple[_Run, Mapping[int, _Rank]]:
     except OSError as error:
         raise InputFileError(f"{path}: {error.strerror}; `p2bw run --trace` writes one") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputFileError(f"{path} is no trace of p2bw: {where}: {first['msg']}") from None
+        wrong = wrong_field(error, "the events")
+        raise InputFileError(f"{path} is no trace of p2bw: {wrong}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputFileError(f"{path} is no trace of p2bw: no list of events") from None
     if run is None:

@@ -36,7 +36,7 @@ from p2bw.compiler.topology import Topology
 from p2bw.compiler.trace import trace
 from p2bw.compiler.units import data, parse_gap
 from p2bw.contract.errors import InfeasibleError, ModelError, UsageError
-from p2bw.contract.schedule import most_extra
+from p2bw.contract.schedule import most_extra, updates_late
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
 from p2bw.passes import pipeline, run_passes
 from p2bw.passes.annotate_time import annotate_time, use_profile
@@ -433,7 +433,8 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
     program = compiler.program(placement.microbatch)
     cut = split(program, placement.stage_of_block, placement.relayed)
     # Memory that is left over lets every stage but the last take on a microbatch early.
-    late = placement.width > 1 or compiler.clip_norm is not None
+    replicated, clipped = placement.width > 1, compiler.clip_norm is not None
+    late = updates_late(compiler.schedule, replicated=replicated, clipped=clipped)
     m = placement.microbatches_per_update
     extra = min(1, most_extra(compiler.schedule, placement.depth, m, late))
     plan = Plan(

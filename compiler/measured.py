@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from p2bw.compiler.devices import GIB, MIB, Device, parse_bytes
 from p2bw.compiler.kinds import block_kind
-from p2bw.compiler.plan import Data
+from p2bw.compiler.plan import Data, wrong_field
 from p2bw.compiler.problem import Times
 from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.topology import DEFAULT_GPUS, Level, Topology, make_topology
@@ -153,11 +153,8 @@ def read_profile(path: Path) -> Profile:
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the profile"
-        raise InputFileError(
-            f"{path}: {where}: {first['msg']}; make it anew with p2bw profile"
-        ) from None
+        wrong = wrong_field(error, "the profile")
+        raise InputFileError(f"{path}: {wrong}; make it anew with p2bw profile") from None
 
 
 def choose_topology(

@@ -20,6 +20,12 @@ class Data(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def wrong_field(error: ValidationError, whole: str) -> str:
+    """For a message: the first field that is not valid (`whole` if none alone is), and why."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
+
+
 class ModelSource(Data):
     """Which model was compiled. `file` is relative; `sha256` is that of the file's bytes."""
 
@@ -181,6 +187,4 @@ def read_plan(artifact: Path) -> Plan:
     try:
         return Plan.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise InputFileError(f"{path}: {where}: {first['msg']}") from None
+        raise InputFileError(f"{path}: {wrong_field(error, 'the file')}") from None

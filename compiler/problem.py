@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from p2bw.compiler.plan import Count, Data, Number, Schedule
+from p2bw.compiler.plan import Count, Data, Number, Schedule, wrong_field
 from p2bw.compiler.topology import Topology, check_topology
 from p2bw.contract.errors import InputFileError, UsageError
 
@@ -166,9 +166,7 @@ def read_problem(path: Path) -> PlacementProblem:
     try:
         return PlacementProblem.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the problem"
-        raise InputFileError(f"{path}: {where}: {first['msg']}") from None
+        raise InputFileError(f"{path}: {wrong_field(error, 'the problem')}") from None
 
 
 def problem_of(artifact: Path) -> PlacementProblem:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from p2bw.compiler.placement.loads import LoadProblem
 from p2bw.compiler.placement.profile import ProfileProblem
 from p2bw.compiler.placement.variants import VariantProblem
+from p2bw.compiler.plan import wrong_field
 from p2bw.compiler.problem import PlacementProblem, read_problem
 from p2bw.compiler.reader_device_placement import read_device_placement
 from p2bw.compiler.reader_pipedream import read_pipedream
@@ -39,9 +40,7 @@ def read_any(path: Path, bandwidth: float | None = None) -> Problem:
             raise UsageError(f"{path} has its own bandwidth: --bandwidth is for PipeDream's files")
         return _read_json(path, text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the problem"
-        raise InputFileError(f"{path}: {where}: {first['msg']}") from None
+        raise InputFileError(f"{path}: {wrong_field(error, 'the problem')}") from None
     except ValueError as error:
         raise InputFileError(f"{path}: {error}") from None
 

@@ -134,11 +134,16 @@ class Pipeline:
 
     @property
     def late(self) -> bool:
-        """Whether updates wait for what other ranks contribute while the next batch runs.
+        """Whether updates are late, see `updates_late`."""
+        return updates_late(self.schedule, replicated=self.replicated, clipped=self.clipped)
 
-        2bw needs a version only a batch later. The price is a second set of gradients.
-        """
-        return self.schedule == "2bw" and (self.replicated or self.clipped)
+
+def updates_late(schedule: str, *, replicated: bool, clipped: bool) -> bool:
+    """Whether updates wait for what other ranks contribute while the next batch runs.
+
+    2bw needs a version only a batch later. The price is a second set of gradients.
+    """
+    return schedule == "2bw" and (replicated or clipped)
 
 
 def make_pipeline(

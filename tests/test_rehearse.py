@@ -18,7 +18,6 @@ from p2bw.contract.schedule import Kind
 from p2bw.measure import rehearsal
 from p2bw.measure.alone import Spans, stage_times, train_alone
 from p2bw.measure.rehearsal import Pair, rehearse
-from p2bw.rehearsing import _numbers as numbers
 from p2bw.runtime.prepare import prepare
 
 EXAMPLES = ROOT / "examples"
@@ -165,11 +164,3 @@ def test_results_are_plain_data(gpt):
     assert stage["compute_s"]["measured"] > 0
     off = stage["peak_bytes"]["predicted"] / stage["peak_bytes"]["measured"] - 1
     assert stage["peak_bytes"]["error"] == pytest.approx(off)
-
-
-def test_stages_are_given_as_numbers():
-    assert numbers(None) is None
-    assert numbers("0, 3") == [0, 3]
-    for text in ("one", "", "1,,2", "-1"):
-        with pytest.raises(UsageError, match="like 0,3"):
-            numbers(text)

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import p2bw
 from p2bw.__main__ import app
+from p2bw.app import parse_counts
 from p2bw.compiler import driver
 from p2bw.contract.errors import InfeasibleError, P2BWError, UsageError
-from p2bw.sweeping import parse_counts, parse_prices
+from p2bw.sweeping import parse_prices
 
 MLP = ROOT / "examples" / "mlp.py"
 SMALL = {"layers": 6, "width": 512}
@@ -141,9 +142,10 @@ def test_the_command_prints_a_table_or_json() -> None:
 
 
 def test_options_are_read() -> None:
-    assert parse_counts("--gpus", "4, 8,8") == [4, 8]
+    assert parse_counts("--gpus", "4, 8,8", "4,8") == [4, 8]
     assert parse_prices(["A100-80=4.1"]) == {"a100-80": 4.1}
-    with pytest.raises(UsageError, match="--gpus 4-8: give numbers"):
-        parse_counts("--gpus", "4-8")
+    for text in ("one", "", "4,,8", "-1", "4-8", "9" * 5000, "٤"):
+        with pytest.raises(UsageError, match=rf"--gpus {text}: give numbers .* like 4,8"):
+            parse_counts("--gpus", text, "4,8")
     with pytest.raises(UsageError, match="--price l4: give a device and a number"):
         parse_prices(["l4"])

@@ -15,6 +15,7 @@ from p2bw.compiler.links import Network
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.problem import ParameterCost, PlacementProblem, TensorCost
 from p2bw.contract.errors import InfeasibleError
+from p2bw.contract.schedule import updates_late
 
 PS = 10**12  # picoseconds in a second
 
@@ -130,13 +131,9 @@ class Instance:
                 return 1
 
     def gradient_copies(self, width: int = 1) -> int:
-        """Sets of gradients that a stage keeps.
-
-        2bw makes a version while the next batch runs, if it has to wait for what other ranks add
-        to the gradients or to their norm.
-        """
-        late = width > 1 or self.problem.clip_norm is not None
-        return 2 if self.problem.schedule == "2bw" and late else 1
+        """Sets of gradients that a stage keeps: two where updates are late."""
+        schedule, clipped = self.problem.schedule, self.problem.clip_norm is not None
+        return 2 if updates_late(schedule, replicated=width > 1, clipped=clipped) else 1
 
     def held(self, versions: int, gradients: int) -> Numbers:
         """Bytes of each group's own parameters, as `State.bytes` counts them."""
