@@ -77,12 +77,15 @@ def print_rehearsal(result: "Rehearsal") -> None:
         rows = (
             ("forward", stage.forward_s, units.seconds),
             ("backward", stage.backward_s, units.seconds),
+            ("norm", stage.norm_s, units.seconds),
             ("update", stage.update_s, units.seconds),
             ("microbatch", stage.compute_s, units.seconds),
             ("memory", stage.peak_bytes, units.data),
         )
-        for number, (what, pair, show) in enumerate(rows):
-            name = str(stage.stage) if number == 0 else ""
+        for what, pair, show in rows:
+            if what == "norm" and not (pair.predicted or pair.measured):
+                continue  # gradients are not clipped
+            name = str(stage.stage) if what == "forward" else ""
             cells = (name, what, show(pair.predicted), show(pair.measured), f"{pair.error:+.1%}")
             table.add_row(*map(escape, cells))
     out.print(table)

@@ -49,14 +49,18 @@ def print_comparison(found: Comparison) -> None:
         f"{found.updates} updates, planned > measured"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("stage", "ranks", "forward", "backward", "update", "waits"):
+    clipped = any(stage.norm_s.planned or stage.norm_s.measured for stage in found.stages)
+    norm = ("norm",) if clipped else ()
+    for name in ("stage", "ranks", "forward", "backward", *norm, "update", "waits"):
         table.add_column(name, justify="left" if name == "ranks" else "right")
     for stage in found.stages:
         waits = f"{units.percent(stage.waiting.planned)} > {units.percent(stage.waiting.measured)}"
         table.add_row(
             str(stage.stage),
             escape(units.ranges(sorted(stage.ranks))),
-            *map(_pair, (stage.forward_s, stage.backward_s, stage.update_s)),
+            *map(_pair, (stage.forward_s, stage.backward_s)),
+            *((_pair(stage.norm_s),) if clipped else ()),
+            _pair(stage.update_s),
             waits,
         )
     out.print(table)

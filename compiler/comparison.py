@@ -12,13 +12,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p2bw.compiler.plan import Plan, wrong_field
-from p2bw.compiler.simulation.job import StageTimes, planned_times
+from p2bw.compiler.simulation.job import StageTimes, times_of_stages
 from p2bw.compiler.simulation.simulate import simulate
 from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 from p2bw.telemetry.trace import RUN
 
 _LEAST = 4  # updates: the first two fill the pipeline and warm up, the last drains it
-_COMPUTE = re.compile(r"([FBUM])(\d+)(?: w\d+)?")
+_COMPUTE = re.compile(r"([FBNUM])(\d+)(?: w\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class StageComparison:
     ranks: tuple[int, ...]
     forward_s: Pair
     backward_s: Pair  # with the forward again, where the stage recomputes
+    norm_s: Pair  # of a batch's gradients; 0 where they are not clipped
     update_s: Pair
     waiting: Pair  # share of the time in which it does not compute; simulated
 
@@ -49,7 +50,7 @@ class StageComparison:
 class Difference:
     """What made the run slower (or faster) than predicted, in seconds of one microbatch."""
 
-    what: str  # forward, backward, update, waiting
+    what: str  # forward, backward, norm, update, waiting
     stage: int
     planned_s: float
     measured_s: float
@@ -130,7 +131,7 @@ def compare(plan: Plan, trace: Path) -> Comparison:
         }
     )
     steady = _steady(run, ranks, trace)
-    planned = [planned_times(plan, stage) for stage in plan.stages]
+    planned = times_of_stages(as_run)
     measured = [_median_times(run, [ranks[r] for r in s.devices], steady) for s in plan.stages]
     expected = simulate(as_run, times=planned)
     replayed = simulate(as_run, times=measured)
@@ -142,6 +143,7 @@ def compare(plan: Plan, trace: Path) -> Comparison:
             ranks=stage.devices,
             forward_s=Pair(before.forward_s, now.forward_s),
             backward_s=Pair(before.backward_s, now.backward_s),
+            norm_s=Pair(before.norm_s or 0.0, now.norm_s or 0.0),
             update_s=Pair(before.update_s, now.update_s),
             waiting=Pair(waits[stage.index], max(0.0, 1 - _busy(now, run.microbatches) / period_s)),
         )
@@ -211,10 +213,19 @@ def _median_times(run: _Run, ranks: Sequence[_Rank], steady: range) -> StageTime
     def of_microbatches(kind: str) -> float:
         return median(s for rank in ranks for i, s in rank.spans[kind].items() if i in wanted)
 
-    updates = [
-        sum(rank.spans[kind].get(batch, 0.0) for kind in "UM") for rank in ranks for batch in steady
-    ]
-    return StageTimes(of_microbatches("F"), of_microbatches("B"), median(updates))
+    def of_batches(kinds: str) -> float:
+        return median(
+            sum(rank.spans[kind].get(batch, 0.0) for kind in kinds)
+            for rank in ranks
+            for batch in steady
+        )
+
+    return StageTimes(
+        of_microbatches("F"),
+        of_microbatches("B"),
+        update_s=of_batches("UM"),
+        norm_s=of_batches("N"),
+    )
 
 
 def _period(rank: _Rank, run: _Run, steady: range) -> float:
@@ -225,7 +236,8 @@ def _period(rank: _Rank, run: _Run, steady: range) -> float:
 
 
 def _busy(times: StageTimes, microbatches: int) -> float:
-    return times.forward_s + times.backward_s + times.update_s / microbatches
+    norm_s = times.norm_s or 0.0
+    return times.forward_s + times.backward_s + (norm_s + times.update_s) / microbatches
 
 
 def _largest(
@@ -234,7 +246,7 @@ def _largest(
     """Of one stage's work, or of the messages: what the measured times do not explain."""
     found = []
     for stage in stages:
-        for what, share in (("forward", 1), ("backward", 1), ("update", m)):
+        for what, share in (("forward", 1), ("backward", 1), ("norm", m), ("update", m)):
             pair: Pair = getattr(stage, f"{what}_s")
             found.append(
                 Difference(

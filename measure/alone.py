@@ -47,11 +47,11 @@ def stage_times(spans: Spans, m: int, warm_up: int) -> StageTimes:
         steady = [seconds for batch, seconds in batches.items() if batch >= warm_up]
         return median(steady) if steady else 0.0
 
-    per_update = (Kind.UPDATE, Kind.MERGE, Kind.NORM)
     return StageTimes(
         forward_s=middle(per_batch(Kind.FORWARD)),
         backward_s=middle(per_batch(Kind.BACKWARD)),
-        update_s=sum(middle(spans.seconds[kind]) for kind in per_update),
+        update_s=sum(middle(spans.seconds[kind]) for kind in (Kind.UPDATE, Kind.MERGE)),
+        norm_s=middle(spans.seconds[Kind.NORM]),
     )
 
 

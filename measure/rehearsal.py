@@ -11,7 +11,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from p2bw.compiler.plan import Plan, read_plan
-from p2bw.compiler.simulation.job import StageTimes, planned_times
+from p2bw.compiler.simulation.job import StageTimes, times_of_stages
 from p2bw.compiler.simulation.simulate import simulate
 from p2bw.contract.errors import ResourceError, UsageError
 from p2bw.contract.job import Job
@@ -44,19 +44,21 @@ class Pair:
 class StageRehearsal:
     """One stage: seconds of a microbatch, of an update, and bytes of tensors at the peak.
 
-    `backward_s` includes computing the forward again; `compute_s` is a microbatch with its share
-    of the update. The framework's reserve is not in the bytes.
+    `backward_s` includes computing the forward again; `norm_s` is 0 where gradients are not
+    clipped; `compute_s` is a microbatch with its share of the norm and the update. The framework's
+    reserve is not in the bytes.
     """
 
     stage: int
     forward_s: Pair
     backward_s: Pair
+    norm_s: Pair
     update_s: Pair
     compute_s: Pair
     peak_bytes: Pair
 
     def to_json(self) -> dict[str, Any]:
-        names = ("forward_s", "backward_s", "update_s", "compute_s", "peak_bytes")
+        names = ("forward_s", "backward_s", "norm_s", "update_s", "compute_s", "peak_bytes")
         return {"stage": self.stage} | {name: getattr(self, name).to_json() for name in names}
 
 
@@ -107,7 +109,7 @@ def rehearse(
     where = Path(model) if model else None
     job = Job(artifact=Path(artifact), steps=batches, init="modules", model=where)
     prepared = prepare(job)
-    times = [planned_times(plan, stage) for stage in plan.stages]
+    times = times_of_stages(plan)
     planned = simulate(plan, times=times)
     found = []
     with using_threads(threads):
@@ -177,12 +179,16 @@ def _compared(
     memory, m = plan.stages[stage].memory, plan.microbatches_per_update
 
     def total(times: StageTimes) -> float:
-        return times.forward_s + times.backward_s + times.update_s / m
+        return times.forward_s + times.backward_s + (norm(times) + times.update_s) / m
+
+    def norm(times: StageTimes) -> float:
+        return times.norm_s or 0.0
 
     return StageRehearsal(
         stage=stage,
         forward_s=Pair(planned.forward_s, measured.forward_s),
         backward_s=Pair(planned.backward_s, measured.backward_s),
+        norm_s=Pair(norm(planned), norm(measured)),
         update_s=Pair(planned.update_s, measured.update_s),
         compute_s=Pair(total(planned), total(measured)),
         peak_bytes=Pair(memory.total - memory.reserve, peak),

@@ -1,6 +1,8 @@
 """rehearse: the stages run as the real runtime runs them, alone, and the figures are consistent."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from corpus import ROOT
 from test_cli import p2bw
 
+from p2bw.compiler.devices import find_device
 from p2bw.compiler.driver import compile_model
 from p2bw.compiler.plan import read_plan
 from p2bw.compiler.simulation.job import StageTimes, planned_times
@@ -98,7 +101,33 @@ def test_times_are_means_of_a_batch_and_medians_of_batches():
     spans.seconds[Kind.UPDATE] = {0: 9.0, 1: 0.5, 2: 0.5}
     spans.seconds[Kind.MERGE] = {0: 9.0, 1: 0.25, 2: 0.25}
     times = stage_times(spans, 2, warm_up=1)
-    assert times == StageTimes(forward_s=2.0, backward_s=2.0, update_s=0.75)
+    assert times == StageTimes(forward_s=2.0, backward_s=2.0, update_s=0.75, norm_s=0.0)
+    spans.seconds[Kind.NORM] = {0: 9.0, 1: 0.125, 2: 0.125}
+    assert stage_times(spans, 2, warm_up=1) == replace(times, norm_s=0.125)
+
+
+def test_the_norm_is_simulated_once_and_as_it_was_measured(gpt, tmp_path, monkeypatch):
+    """It takes place beside the update, and neither in it nor twice."""
+    folder = tmp_path / "clipped"
+    shutil.copytree(gpt, folder)
+    plan = read_plan(gpt).model_copy(update={"clip_norm": 1.0})
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    spans = Spans()
+    m = plan.microbatches_per_update
+    spans.seconds[Kind.FORWARD] = dict.fromkeys(range(3 * m), 0.01)
+    spans.seconds[Kind.BACKWARD] = dict.fromkeys(range(3 * m), 0.02)
+    spans.seconds[Kind.UPDATE] = dict.fromkeys(range(3), 0.004)
+    spans.seconds[Kind.NORM] = dict.fromkeys(range(3), 0.002)
+    times = stage_times(spans, m, warm_up=2)
+    monkeypatch.setattr(rehearsal, "_rehearsed", lambda *_: (times, 1000))
+    found = rehearse(folder)
+    assert found.period_s.measured == pytest.approx(0.03 + 0.006 / m, rel=3e-3)
+    for k, stage in enumerate(found.stages):
+        assert (stage.update_s.measured, stage.norm_s.measured) == (0.004, 0.002)
+        assert stage.compute_s.measured == pytest.approx(0.03 + 0.006 / m)
+        one_set = plan.stages[k].memory.gradients // 2
+        bandwidth = find_device("cpu").sustained_bandwidth
+        assert stage.norm_s.predicted == pytest.approx(one_set / bandwidth, rel=1e-6)
 
 
 def test_the_peak_holds_what_the_stage_must_have(gpt):

@@ -16,6 +16,7 @@ from p2bw.compiler.simulation.job import StageTimes, planned_times
 from p2bw.compiler.simulation.simulate import simulate
 from p2bw.contract.errors import InputFileError, MismatchError, UsageError
 from p2bw.launch import run
+from p2bw.report import _summary
 
 if TYPE_CHECKING:
     from p2bw.compiler.driver import Compiled
@@ -57,6 +58,20 @@ def test_the_largest_difference_is_named(
     assert (found.largest.what, found.largest.stage) == (what, 1)
     assert found.largest.seconds == pytest.approx(seconds, rel=1e-3)
     assert found.replayed_period_s == pytest.approx(found.measured_period_s, rel=1e-3)
+
+
+def test_a_norm_is_told_apart_from_the_update_and_replayed_as_measured(tmp_path: Path) -> None:
+    plan = made_plan(3, 1, 4, update_s=4e-4, gradients=10**6, clip_norm=1.0)
+    slow = StageTimes(1e-3, 2e-3, 4e-4, norm_s=4e-3)
+    found = compare(plan, traced(plan, tmp_path / "trace.json", stage_1=slow))
+    assert (found.largest.what, found.largest.stage) == ("norm", 1)
+    assert found.largest.seconds == pytest.approx(1e-3, rel=1e-2)
+    assert found.replayed_period_s == pytest.approx(found.measured_period_s, rel=1e-3)
+    assert found.stages[1].update_s.measured == pytest.approx(4e-4, rel=1e-3)
+    assert found.stages[1].norm_s.measured == pytest.approx(4e-3, rel=1e-3)
+    assert found.stages[0].norm_s.measured == pytest.approx(found.stages[0].norm_s.planned, rel=0.1)
+    told = "\n".join(_summary(found))
+    assert "the norm of stage 1: 4.00 ms" in told
 
 
 def test_what_no_stage_explains_is_waiting(tmp_path: Path) -> None:

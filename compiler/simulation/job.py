@@ -1,7 +1,7 @@
 """What a simulation is made of: a plan as whole picoseconds and bytes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2bw.compiler.plan import Plan, Stage
 from p2bw.compiler.topology import Topology
@@ -17,12 +17,14 @@ PPM = 10**6  # factors are whole millionths: products of whole numbers are the s
 class StageTimes:
     """Seconds of one stage, measured: each microbatch, and each update.
 
-    `backward_s` includes computing the forward again, where the stage does.
+    `backward_s` includes computing the forward again, where the stage does. `norm_s` is what the
+    norm of a batch's gradients takes, where they are clipped; None: as long as reading them once.
     """
 
     forward_s: float
     backward_s: float
     update_s: float = 0.0
+    norm_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,13 @@ def planned_times(plan: Plan, stage: Stage) -> StageTimes:
     )
 
 
+def times_of_stages(plan: Plan) -> list[StageTimes]:
+    """Those of all stages, and of norms what the simulation takes them for."""
+    norms = [times[Kind.NORM] / PS for times in make_job(plan, batches=1).durations]
+    planned = [planned_times(plan, stage) for stage in plan.stages]
+    return [replace(times, norm_s=norm) for times, norm in zip(planned, norms, strict=True)]
+
+
 def _memory(pipe: Pipeline, stage: Stage) -> StageMemory:
     """The plan's bytes, taken apart: its stash is that of as many microbatches as are in flight."""
     planned = stage.memory
@@ -127,12 +136,13 @@ def _durations(
     shared = min(shared, gradients)
     update = round(times.update_s * PS)
     merge = update * shared // gradients if gradients else 0
-    # A norm reads every gradient once.
-    slowest = min(topology.devices[rank].sustained_bandwidth for rank in stage.devices)
+    norm_s = times.norm_s
+    if norm_s is None:  # it reads every gradient once
+        norm_s = gradients / min(topology.devices[r].sustained_bandwidth for r in stage.devices)
     return {
         Kind.FORWARD: round(times.forward_s * PS),
         Kind.BACKWARD: round(times.backward_s * PS),
-        Kind.NORM: round(gradients / slowest * PS) if pipe.clipped else 0,
+        Kind.NORM: round(norm_s * PS) if pipe.clipped else 0,
         Kind.UPDATE: update - merge,
         Kind.MERGE: merge,
     }
