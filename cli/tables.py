@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from p2bw.compiler.onnx.stages import ExportedStages
     from p2bw.compiler.plan import Plan, Stage
     from p2bw.compiler.solve import Solution
-    from p2bw.compiler.verify import Verification
+    from p2bw.compiler.verification import Verification
     from p2bw.export import Exported
 
 _PIPED_WIDTH = 168  # a file or a pager has no width of its own
+_PROBLEMS = 6  # that `verify` prints
 
 
 def console() -> Console:
@@ -150,6 +151,8 @@ def summarise_modules(modules: Iterable[str]) -> str:
 def print_verification(result: Verification) -> None:
     out = console()
     loss = "bitwise equal" if result.loss_bitwise else "DIFFERS"
+    if result.tracing and not result.loss_bitwise:
+        loss = "equal but for rounding"
     out.print(f"loss        {result.loss:.6g}: {loss}")
     out.print(f"gradients   {result.bitwise} of {result.compared} bitwise equal to eager PyTorch")
     reasons: dict[str, list[float]] = {}
@@ -157,11 +160,29 @@ def print_verification(result: Verification) -> None:
         if difference.reason:
             reasons.setdefault(difference.reason, []).append(difference.max_rel)
     for reason, errors in reasons.items():
-        line = f"            {len(errors)} within {max(errors):.1e} relative: {reason}"
-        out.print(escape(line) + " is added in another order")
-    for problem in result.problems:
+        why = "see tracing" if reason == "tracing" else f"{reason} is added in another order"
+        out.print(escape(f"            {len(errors)} within {max(errors):.1e} relative: {why}"))
+    for line in _tracing_lines(result):
+        out.print(escape(line))
+    problems = result.problems
+    if len(problems) > _PROBLEMS:  # the last says why
+        more = f"... and {len(problems) - _PROBLEMS} more, see --json"
+        problems = (*problems[: _PROBLEMS - 1], more, problems[-1])
+    for problem in problems:
         out.print(escape(f"problem     {problem}"))
-    out.print("verified" if result.ok else "NOT verified")
+    verdict = "verified" if result.ok else "NOT verified"
+    if tracing := result.tracing:
+        allowed = f"of the {tracing.tolerance:g} that tracing may change"
+        verdict = f"{verdict}    within {tracing.max_rel:.1e} relative, {allowed}"
+    out.print(verdict)
+
+
+def _tracing_lines(result: Verification) -> Iterator[str]:
+    if result.tracing is None:
+        return
+    yield "partition   none of this: the stages do what the traced program does before it is cut"
+    where = result.tracing.operation or "only the backward, which adds terms in another order"
+    yield f"tracing     takes another way than eager PyTorch, with other rounding: {where}"
 
 
 def print_seconds(seconds: Mapping[str, float]) -> None:

@@ -3,11 +3,12 @@
 Both run two microbatches in fp32 on the CPU from the same weights. Every random operator is seeded
 by its position in the original program, so dropout draws the same mask wherever the placement has
 put it. The second microbatch shows what tracing has fixed for ever, such as a count of calls. The
-oracle is the model as the user wrote it, run by eager PyTorch.
+oracle is the model as the user wrote it, run by eager PyTorch. Where the stages differ from it, the
+whole traced program, before any cut, tells what the partition did from what tracing did.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -18,58 +19,38 @@ import torch
 from torch import Tensor, nn
 
 from p2bw.compiler.disagreement import differing_operation
+from p2bw.compiler.interpret import interpret
 from p2bw.compiler.plan import Plan, Stage, read_plan
+from p2bw.compiler.program import Program
 from p2bw.compiler.seeded import SEED, seeded_random
+from p2bw.compiler.trace import trace
 from p2bw.compiler.trace_env import plain_checkpoints
+from p2bw.compiler.verification import (
+    TRACING_TOLERANCE,
+    Tracing,
+    Verification,
+    compare,
+    explained_by_tracing,
+    tracing_error,
+)
 from p2bw.contract.arrival import arrive
 from p2bw.contract.errors import MismatchError
 from p2bw.contract.stages import find_model_file, load_stage, opaque_paths
-from p2bw.modelfile.initial import copy_state, lookup
+from p2bw.modelfile.initial import copy_state
 from p2bw.modelfile.load import ModelFile
 
-TOLERANCE = 1e-6
+_MICROBATCHES = 2
 
 _BAKED = "what Python computed while the model was traced, such as a count of calls, is fixed"
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """A gradient that is not bitwise equal; relative to the largest entry of eager's gradient."""
+class _Run:
+    """One microbatch: the stages beside eager PyTorch, and beside the program before it is cut."""
 
-    parameter: str
-    max_rel: float
-    reason: str  # "" if nothing in the plan explains it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """What `verify` found. ok: all bitwise, or explained and within 1e-6 relative."""
-
-    ok: bool
-    loss: float
-    loss_bitwise: bool
-    compared: int
-    bitwise: int
-    max_rel: float
-    differences: tuple[Difference, ...]
-    problems: tuple[str, ...]  # each a sentence
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ok": self.ok,
-            "loss": self.loss,
-            "loss_bitwise": self.loss_bitwise,
-            "gradients": {
-                "compared": self.compared,
-                "bitwise": self.bitwise,
-                "max_rel": self.max_rel,
-            },
-            "differences": [
-                {"parameter": d.parameter, "max_rel": d.max_rel, "reason": d.reason}
-                for d in self.differences
-            ],
-            "problems": list(self.problems),
-        }
+    found: Verification
+    partition: Verification | None = None
+    tracing: float = 0.0  # how far that program is from eager PyTorch
 
 
 def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verification:
@@ -81,41 +62,96 @@ def verify(artifact: str | Path, *, model: str | Path | None = None) -> Verifica
     artifact = Path(artifact)
     plan = read_plan(artifact)
     file = find_model_file(artifact, model=Path(model) if model else None)
-    stages = [load_stage(artifact, k, file) for k in range(plan.depth)]
+
+    def runs(program: Program | None = None) -> Iterator[_Run]:
+        """Each microbatch in turn, on models that start anew."""
+        stages = [load_stage(artifact, k, file) for k in range(plan.depth)]
+        original = _start(file, stages)
+        traced = _start(file, []) if program else None
+        for number in range(_MICROBATCHES):
+            yield _microbatch(plan, file, original, stages, number, program, traced)
+
     with _fp32_cpu():
-        torch.manual_seed(SEED)
-        original = file.model()
-        for stage in stages:
-            copy_state(original, stage)
-        found = _microbatch(plan, file, original, stages, 0)
-        same = found.loss_bitwise
+        found = _first_problem([run.found for run in _until_wrong(runs())])
         if found.ok:
-            second = _microbatch(plan, file, original, stages, 1)
-            same = same and second.loss_bitwise
-            problems = [f"in the second microbatch, {problem}" for problem in second.problems]
-            found = replace(found, ok=second.ok, problems=tuple(problems))
-        if found.ok or same:  # the forward pass is right
             return found
-        operation = differing_operation(file, plan.microbatch, calls=2)
+        program = trace(file, plan.microbatch)
+        return _judge(file, plan, found, program, list(runs(program)))
+
+
+def _start(file: ModelFile, stages: Sequence[nn.Module]) -> nn.Module:
+    torch.manual_seed(SEED)
+    model = file.model()
+    for stage in stages:
+        copy_state(model, stage)
+    return model
+
+
+def _until_wrong(runs: Iterable[_Run]) -> Iterator[_Run]:
+    for run in runs:
+        yield run
+        if not run.found.ok:
+            return
+
+
+def _first_problem(found: Sequence[Verification]) -> Verification:
+    """The numbers of the first microbatch, with what was wrong in a later one."""
+    first, *later = found
+    for number, other in enumerate(later, 2):
+        if first.ok and not other.ok:
+            problems = [f"in microbatch {number}, {problem}" for problem in other.problems]
+            return replace(first, ok=False, problems=tuple(problems))
+    return first
+
+
+def _judge(
+    file: ModelFile, plan: Plan, found: Verification, program: Program, runs: Sequence[_Run]
+) -> Verification:
+    """What differs from eager PyTorch: is it the partition that does it, or was it tracing?"""
+    partition = _first_problem([run.partition for run in runs if run.partition])
+    error = max(run.tracing for run in runs)
+    if not partition.ok:
+        return replace(found, problems=partition.problems) if error else found
+    small = error <= TRACING_TOLERANCE
+    operation = differing_operation(file, program, plan.microbatch, _MICROBATCHES, rounding=small)
+    if not error:  # the second time, all was as it should: the model is another one every time
+        return found
+    if small:
+        return explained_by_tracing(runs[0].found, partition, Tracing(operation, error))
+    reason = f"before any cut, tracing made a difference of {error:.2e} relative"
     if operation:
-        reason = f"the first operation that gives something else is {operation}; {_BAKED}"
-        found = replace(found, problems=(*found.problems, reason))
-    return found
+        reason += f": the first operation that gives something else is {operation}; {_BAKED}"
+    return replace(found, problems=(*found.problems, reason))
 
 
 def _microbatch(
-    plan: Plan, file: ModelFile, original: nn.Module, stages: Sequence[nn.Module], number: int
-) -> Verification:
+    plan: Plan,
+    file: ModelFile,
+    original: nn.Module,
+    stages: Sequence[nn.Module],
+    number: int,
+    program: Program | None,
+    traced: nn.Module | None,
+) -> _Run:
     """The same microbatch through the model and through the stages, forward and backward."""
     torch.manual_seed(SEED + 1 + number)
     inputs, targets = file.inputs(plan.microbatch), file.targets(plan.microbatch)
     tensors = file.flatten_microbatch(inputs, targets)
     values = dict(zip((i.name for i in plan.inputs), tensors, strict=True))
-    for module in (original, *stages):
+    for module in (original, *stages, *filter(None, [traced])):
         module.zero_grad(set_to_none=True)
-    loss = _eager(file, original, inputs, targets, [o.module for o in plan.opaque])
+    opaque = [o.module for o in plan.opaque]
+    loss = _eager(file, original, inputs, targets, opaque)
     staged, terms = _staged(plan, stages, values)
-    return _compare(plan, original, stages, loss, staged, terms)
+    found = compare(plan, original, stages, (loss, staged), terms)
+    if program is None or traced is None:
+        return _Run(found)
+    whole = _traced(program, traced, tensors, opaque)
+    return _Run(
+        found,
+        compare(plan, traced, stages, (whole, staged), terms, "the program before it is cut"),
+        tracing_error(original, traced, (loss, whole)),
+    )
 
 
 @contextmanager
@@ -133,6 +169,15 @@ def _eager(
         loss = file.call(model, inputs, targets)
     with file.code.running("the backward of the model's loss"):
         torch.autograd.backward(loss)
+    return loss.detach()
+
+
+def _traced(
+    program: Program, model: nn.Module, tensors: Sequence[Tensor], opaque: Iterable[str]
+) -> Tensor:
+    with seeded_random(count(), model, opaque):
+        loss = interpret(program, model, tensors)
+    torch.autograd.backward(loss)
     return loss.detach()
 
 
@@ -209,98 +254,3 @@ def _backward(
                 terms[name] += 1  # a gradient that is only passed back is no term of the sum
     (loss,) = losses
     return loss, terms
-
-
-def _compare(
-    plan: Plan,
-    original: nn.Module,
-    stages: Sequence[nn.Module],
-    eager: Tensor,
-    staged: Tensor,
-    terms: Mapping[str, int],
-) -> Verification:
-    problems = []
-    loss_bitwise = torch.equal(eager, staged)
-    if not loss_bitwise:
-        problems.append(f"the loss is {staged.item()!r}, eager PyTorch gives {eager.item()!r}")
-    names = {id(p): n for n, p in original.named_parameters()}
-    gradients: dict[str, Tensor | None] = {}
-    first_stage: dict[str, int] = {}
-    for k, stage in enumerate(stages):
-        for name, parameter in stage.named_parameters():
-            canonical = names[id(lookup(original, name))]
-            first_stage.setdefault(canonical, k)
-            if parameter.grad is not None:
-                known = gradients.get(canonical)
-                gradients[canonical] = parameter.grad if known is None else known + parameter.grad
-    explain = _reasons(plan, terms)
-    differences, compared = [], 0
-    for name, parameter in original.named_parameters():
-        want, got = parameter.grad, gradients.get(name)
-        if want is None and got is None:
-            continue
-        compared += 1
-        if want is not None and got is not None and torch.equal(want, got):
-            continue
-        difference = Difference(name, _relative(want, got), explain(name, first_stage.get(name, 0)))
-        differences.append(difference)
-    for d in differences:
-        if not d.reason:
-            problems.append(f"the gradient of {d.parameter} is off by {d.max_rel:.2e} relative")
-        elif d.max_rel > TOLERANCE:
-            problems.append(
-                f"the gradient of {d.parameter} is off by {d.max_rel:.2e} relative, more than "
-                f"the {TOLERANCE:g} that {d.reason} explains"
-            )
-    problems.extend(_buffer_problems(original, stages))
-    return Verification(
-        ok=not problems,
-        loss=eager.item(),
-        loss_bitwise=loss_bitwise,
-        compared=compared,
-        bitwise=compared - len(differences),
-        max_rel=max((d.max_rel for d in differences), default=0.0),
-        differences=tuple(differences),
-        problems=tuple(problems),
-    )
-
-
-def _relative(want: Tensor | None, got: Tensor | None) -> float:
-    if want is None or got is None or want.shape != got.shape:
-        return float("inf")
-    scale = want.abs().max().item()
-    error = (want - got).abs().max().item()
-    return error / scale if scale else float("inf")
-
-
-def _reasons(plan: Plan, terms: Mapping[str, int]) -> Callable[[str, int], str]:
-    """Which gradients may differ by the order of summation, and why. `terms`: see _staged.
-
-    A sum of three or more terms from different stages is added stage by stage here and term by
-    term in eager: everything at or before the tensor where the terms meet may differ in the last
-    bits.
-    """
-    shared = {
-        name: (next(s.index for s in plan.stages if name in s.results), count)
-        for name, count in terms.items()
-        if count > 1
-    }
-    tied = {name: len(t.stages) for t in plan.tied for name in t.names if len(t.stages) > 1}
-
-    def reason(parameter: str, stage: int) -> str:
-        if parameter in tied:
-            return f"the sum over its uses in {tied[parameter]} stages"
-        for name, (producer, stages) in shared.items():
-            if stage <= producer:
-                return f"the sum of the gradients of {name} (stage {producer}) from {stages} stages"
-        return ""
-
-    return reason
-
-
-def _buffer_problems(original: nn.Module, stages: Sequence[nn.Module]) -> Iterator[str]:
-    for k, stage in enumerate(stages):
-        for name, buffer in stage.named_buffers():
-            value = lookup(original, name)  # None: a constant that only the stage's code knows
-            if value is not None and not torch.equal(value, buffer):
-                yield f"buffer {name} of stage {k} differs after the forward pass"

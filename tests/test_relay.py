@@ -24,7 +24,8 @@ from p2bw.compiler.placement.relays import relayed_tensors
 from p2bw.compiler.placement.result import Placement
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.split import StageGraph, split
-from p2bw.compiler.verify import TOLERANCE, verify
+from p2bw.compiler.verification import TOLERANCE
+from p2bw.compiler.verify import verify
 from p2bw.contract.errors import InputFileError
 from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan

@@ -8,7 +8,8 @@ import pytest
 from corpus import CORPUS
 
 from p2bw.compiler.driver import Compiled
-from p2bw.compiler.verify import TOLERANCE, verify
+from p2bw.compiler.verification import TOLERANCE
+from p2bw.compiler.verify import verify
 from p2bw.contract.errors import MismatchError
 
 # T5's embedding serves the encoder, the decoder and the head: three terms on two stages, added
