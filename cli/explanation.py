@@ -32,8 +32,9 @@ def print_explanation(found: Explanation) -> None:
         proof = "cut by hand"
     out.print(
         escape(
-            f"{found.depth} stages x {found.width} replicas, {found.schedule}, microbatch "
-            f"{found.microbatch}: {found.samples_per_s:.4g} samples/s, {proof}"
+            f"{units.several(found.depth, 'stage')} x {units.several(found.width, 'replica')}, "
+            f"{found.schedule}, microbatch {found.microbatch}: "
+            f"{found.samples_per_s:.4g} samples/s, {proof}"
         )
     )
     if found.constraints and not found.stopped:
@@ -53,8 +54,8 @@ def print_explanation(found: Explanation) -> None:
     if found.best_samples_per_s > found.samples_per_s:
         depth, width = found.best_shape
         out.print(
-            f"best        {depth} stages x {width} replicas do {found.best_samples_per_s:.4g} "
-            "samples/s; what follows is compared with that"
+            f"best        {units.several(depth, 'stage')} x {units.several(width, 'replica')} do "
+            f"{found.best_samples_per_s:.4g} samples/s; what follows is compared with that"
         )
     if found.gains:
         out.print(_gains(found), width=width)

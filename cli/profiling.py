@@ -89,9 +89,10 @@ def print_profile(profile: "Profile", file: str) -> None:
     from p2bw.tables import console
 
     out, device = console(), profile.device
+    processes = f"each of {device.processes} processes" if device.processes > 1 else "one process"
     rates = {m.dtype: m.flops_per_s for m in sorted(device.matmuls, key=lambda m: m.flops_per_s)}
     out.print(escape(
-        f"{device.name}, {device.threads} threads in each of {device.processes} processes: "
+        f"{device.name}, {units.several(device.threads, 'thread')} in {processes}: "
         + ", ".join(f"{dtype} {units.count(rate)}FLOP/s" for dtype, rate in rates.items())
         + f", memory {units.data(device.bandwidth)}/s, {units.seconds(device.op_overhead_s)} an "
         "operator"
@@ -110,9 +111,10 @@ def print_profile(profile: "Profile", file: str) -> None:
             else "layer by layer: the whole does not fit"
         )
         out.print(escape(
-            f"microbatch {step.microbatch}: {len(step.blocks)} blocks of "
-            f"{len(set(step.blocks.values()))} kinds, forward {units.seconds(forward)}, backward "
-            f"{units.seconds(backward)}, {check}; data {units.seconds(step.feed_s)}"
+            f"microbatch {step.microbatch}: {units.several(len(step.blocks), 'block')} of "
+            f"{units.several(len(set(step.blocks.values())), 'kind')}, forward "
+            f"{units.seconds(forward)}, backward {units.seconds(backward)}, "
+            f"{check}; data {units.seconds(step.feed_s)}"
         ))  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("block", "of its kind", "forward", "+-", "backward", "+-"):

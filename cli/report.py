@@ -45,8 +45,8 @@ def print_comparison(found: Comparison) -> None:
 
     out = console()
     out.print(
-        f"{found.schedule}, {found.microbatches} microbatches per update; medians of "
-        f"{found.updates} updates, planned > measured"
+        f"{found.schedule}, {units.several(found.microbatches, 'microbatch')} per update; medians "
+        f"of {units.several(found.updates, 'update')}, planned > measured"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     clipped = any(stage.norm_s.planned or stage.norm_s.measured for stage in found.stages)

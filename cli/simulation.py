@@ -46,6 +46,7 @@ def simulate_command(
         from p2bw.compiler.plan import read_plan
         from p2bw.compiler.simulation.job import make_job
         from p2bw.compiler.simulation.simulate import simulate
+        from p2bw.compiler.units import several
         from p2bw.progress import progress
         from p2bw.simulation_tables import print_simulation, print_timeline
 
@@ -54,7 +55,7 @@ def simulate_command(
             jitter=parse_jitter(jitter), seed=seed, stragglers=parse_stragglers(straggler or [])
         )
         with progress(quiet) as say:
-            say(f"simulating {plan.depth} stages x {plan.width} replicas")
+            say(f"simulating {several(plan.depth, 'stage')} x {several(plan.width, 'replica')}")
             found = simulate(plan, batches=batches, trace=trace, **options)
         if as_json:
             print_json(found.to_json())

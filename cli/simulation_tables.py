@@ -33,8 +33,8 @@ def print_simulation(found: Simulation) -> None:
     out = console()
     out.print(
         escape(
-            f"{found.depth} stages x {found.width} replicas, {found.schedule}, "
-            f"{found.microbatches} microbatches per update"
+            f"{units.several(found.depth, 'stage')} x {units.several(found.width, 'replica')}, "
+            f"{found.schedule}, {units.several(found.microbatches, 'microbatch')} per update"
         )
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -84,8 +84,8 @@ def _summary(found: Simulation) -> list[str]:
         f"{steady}",
         f"planned     {units.seconds(found.planned_period_s)}: simulated takes "
         f"{100 * (found.ratio - 1):+.1f} %",
-        f"run         {found.batches} updates in {units.seconds(found.total_s)}, the first after "
-        f"{units.seconds(found.start_s)}, {units.seconds(found.drain_s)} to drain",
+        f"run         {units.several(found.batches, 'update')} in {units.seconds(found.total_s)}, "
+        f"the first after {units.seconds(found.start_s)}, {units.seconds(found.drain_s)} to drain",
         f"links       {', '.join(links) or 'idle'}",
     ]
 

@@ -124,6 +124,8 @@ def print_sweep(rows: list[Row], out: Path | None) -> None:
         table.add_row(*map(escape, _row(row, priced)))
     printer = console()
     printer.print(table)
+    if any(stage.recompute for row in rows if row.plan for stage in row.plan.stages):
+        printer.print("r: some stages compute their forward again, to keep less.")
     for row in rows:
         if row.plan is None:
             printer.print(escape(f"{row.point.name}: {row.reason}"), soft_wrap=True)

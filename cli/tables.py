@@ -55,9 +55,10 @@ def print_plan(plan: Plan, artifact: str) -> None:
 def _title(plan: Plan) -> str:
     model, m = plan.model, plan.microbatches_per_update
     batch = plan.microbatch * m * plan.width
+    shape = f"{units.several(plan.depth, 'stage')} x {units.several(plan.width, 'replica')}"
     return escape(
-        f"{model.name} ({model.file}:{model.factory}) in {plan.depth} stages x {plan.width} "
-        f"replicas, {plan.schedule}, microbatch {plan.microbatch}, {m} microbatches per update "
+        f"{model.name} ({model.file}:{model.factory}) in {shape}, {plan.schedule}, "
+        f"microbatch {plan.microbatch}, {units.several(m, 'microbatch')} per update "
         f"(global batch {batch})"
         f"{f', gradients clipped to norm {plan.clip_norm:g}' if plan.clip_norm else ''}"
         f"{f', autocast to {model.autocast}' if model.autocast else ''}"
@@ -217,7 +218,7 @@ def print_run(result: Mapping[str, Any]) -> None:
         return
     out.print(curve(losses))
     out.print(
-        f"{len(losses)} updates, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
+        f"{units.several(len(losses), 'update')}, loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
         f"{result['samples_per_s']:.4g} samples/s, utilisation {100 * result['utilisation']:.1f} %"
     )
 

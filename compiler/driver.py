@@ -34,7 +34,7 @@ from p2bw.compiler.schedule import check_schedule
 from p2bw.compiler.split import split
 from p2bw.compiler.topology import Topology
 from p2bw.compiler.trace import trace
-from p2bw.compiler.units import data, parse_gap
+from p2bw.compiler.units import data, parse_gap, several
 from p2bw.contract.errors import InfeasibleError, ModelError, UsageError
 from p2bw.contract.schedule import most_extra, updates_late
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
@@ -468,7 +468,7 @@ def _plan(compiler: _Compiler, placement: Placement) -> tuple[Plan, dict[str, st
         notes=program.notes,
     )
     with compiler.phase("emit"):
-        compiler.say(f"writing {placement.depth} stages")
+        compiler.say(f"writing {several(placement.depth, 'stage')}")
         texts = emit_stages(program, cut)
     with compiler.phase("memory"):
         compiler.say("counting memory")

@@ -13,6 +13,7 @@ from p2bw.compiler.plan import Data, wrong_field
 from p2bw.compiler.problem import Times
 from p2bw.compiler.program import Program, TensorType
 from p2bw.compiler.topology import DEFAULT_GPUS, Level, Topology, make_topology
+from p2bw.compiler.units import several
 from p2bw.contract.errors import InputFileError, UsageError
 
 Rate = Annotated[float, Field(gt=0, lt=1e20)]
@@ -66,7 +67,9 @@ class DeviceProfile(Data):
             bandwidth_fraction=1.0,
             op_overhead_s=self.op_overhead_s,
             context_bytes=(512 if self.type == "cuda" else 256) * MIB,
-            sources=(f"p2bw profile, torch {self.torch_version}, {self.threads} threads",),
+            sources=(
+                f"p2bw profile, torch {self.torch_version}, {several(self.threads, 'thread')}",
+            ),
         )
 
     @model_validator(mode="after")

@@ -35,6 +35,12 @@ def parameters(value: int) -> str:
     return count(value).replace("G", "B")
 
 
+def several(number: int, what: str) -> str:
+    """(1, 'replica') -> '1 replica', (2, 'replica') -> '2 replicas'."""
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{plural if number != 1 else ''}"
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 

@@ -15,6 +15,7 @@ from p2bw.compiler.onnx.source import model_source
 from p2bw.compiler.options import checked_autocast
 from p2bw.compiler.program import Program
 from p2bw.compiler.trace import trace
+from p2bw.compiler.units import several
 from p2bw.contract.errors import ModelError, ResourceError, UsageError
 from p2bw.measure.blocks import fits, measure_blocks
 from p2bw.measure.cache import Cache
@@ -119,7 +120,7 @@ def _profile(
             continue  # BatchNorm may refuse a single sample
         program = run_passes(traced, pipeline(on.device()))
         whole = fits(program, device, on.processes)
-        progress(f"measuring {len(program.blocks or ())} blocks at microbatch {size}")
+        progress(f"measuring {several(len(program.blocks or ()), 'block')} at microbatch {size}")
         beside = partial(working_beside, file, size, on.threads, on.processes - 1)
         measured = measure_blocks(file, program, device, cache, beside, whole=whole)
         kinds |= measured.kinds

@@ -107,7 +107,7 @@ def test_a_point_without_a_plan_is_a_row_that_says_why() -> None:
     assert none.to_json()["samples_per_s"] is None
     with pytest.raises(InfeasibleError, match="no point of the sweep has a plan"):
         p2bw.sweep(MLP, gpus=[2], device=["v100-16"], memory=["1030MiB"])
-    with pytest.raises(InfeasibleError, match="no plan of 1 samples per update fits on 2 devices"):
+    with pytest.raises(InfeasibleError, match="no plan of 1 sample per update fits on 2 devices"):
         p2bw.sweep(MLP, gpus=[2], device=["v100-16"], memory=["1030MiB"], batch=[1])
 
 
@@ -136,6 +136,10 @@ def test_the_command_prints_a_table_or_json() -> None:
     assert result.exit_code == 0
     assert "1 x l4" in result.stdout
     assert "cost/M" in result.stdout
+    assert "r: " not in result.stdout  # no row is marked
+    again = CliRunner().invoke(app, [*command, "--recompute", "always"]).stdout
+    assert "1 x 1 r" in again
+    assert "r: some stages compute their forward again" in again
     found = json.loads(CliRunner().invoke(app, [*command, "--json", "--quiet"]).stdout)
     assert [row["gpus"] for row in found] == [1, 2]
     assert all(row["samples_per_s"] > 0 for row in found)

@@ -24,6 +24,12 @@ def test_parameters_are_counted_in_billions() -> None:
     assert units.parameters(86_400_000) == "86.4 M"
 
 
+def test_of_one_there_is_no_plural() -> None:
+    counted = [units.several(n, what) for what in ("stage", "microbatch") for n in (0, 1, 2)]
+    assert counted[:3] == ["0 stages", "1 stage", "2 stages"]
+    assert counted[3:] == ["0 microbatches", "1 microbatch", "2 microbatches"]
+
+
 @pytest.mark.parametrize(
     ("text", "share"),
     [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02), ("0", 0.0), (".1%", 0.001)],

@@ -7,6 +7,7 @@ from p2bw.compiler.placement.dp import Recompute
 from p2bw.compiler.placement.result import Limits, Placement
 from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.problem import PlacementProblem
+from p2bw.compiler.units import several
 from p2bw.contract.errors import InfeasibleError
 
 
@@ -35,7 +36,8 @@ def solve_batch(
         problem = problems[size].model_copy(update={"microbatches": m})
         if best is not None and _most(problem) <= best.samples_per_s:
             continue
-        progress(f"placing the stages: {width} replicas, {m} microbatches of {size}")
+        replicas, microbatches = several(width, "replica"), several(m, "microbatch")
+        progress(f"placing the stages: {replicas}, {microbatches} of {size}")
         search = search_models(
             make_models([problem], recompute, limits.ideals), None, (width,), limits
         )
@@ -46,8 +48,9 @@ def solve_batch(
             best = found
     if best is None:
         raise InfeasibleError(
-            f"no plan of {batch} samples per update fits on {gpus} devices, at any microbatch size "
-            f"or number of replicas; offer more memory or devices, or ask for another batch"
+            f"no plan of {several(batch, 'sample')} per update fits on {several(gpus, 'device')}, "
+            f"at any microbatch size or number of replicas; offer more memory or devices, or ask "
+            f"for another batch"
         )
     return best
 

@@ -27,6 +27,7 @@ from p2bw.compiler.placement.result import Limits, Placement, Progress
 from p2bw.compiler.placement.rows import row_placements
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.compiler.problem import PlacementProblem
+from p2bw.compiler.units import several
 from p2bw.contract.errors import InfeasibleError, TimeLimitError
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -403,9 +404,9 @@ class Search:
         model = self.candidates[0].model
         topology = model.instance.problem.topology
         return (
-            f"{topology.summary}, {span} stages, "
+            f"{topology.summary}, {span} stage{'s' * (span != '1')}, "
             f"microbatch {', '.join(map(str, sizes))}, "
-            f"recompute {model.recompute}: {len(self.candidates)} shapes ({how})"
+            f"recompute {model.recompute}: {several(len(self.candidates), 'shape')} ({how})"
             f"{within}"
             f"{f'; stopped by {self.stop.reason}' if counts['open'] and self.stop() else ''}"
         )
