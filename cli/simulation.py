@@ -1,12 +1,17 @@
 """The command that simulates: it parses, calls and prints."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from p2bw.app import Artifact, Debug, Json, Quiet, app, print_json, reporting
+
+if TYPE_CHECKING:
+    from p2bw.compiler.simulation.job import StageTimes
 
 
 class Options(TypedDict):
@@ -15,6 +20,7 @@ class Options(TypedDict):
     jitter: float
     seed: int
     stragglers: dict[int, float]
+    times: list[StageTimes] | None
 
 
 @app.command("simulate")
@@ -31,6 +37,13 @@ def simulate_command(
         str, typer.Option(help="How much each computation may be faster or slower: 5%.")
     ] = "0",
     seed: Annotated[int, typer.Option(help="Of the jitter.")] = 0,
+    times: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measured times: what `p2bw rehearse DIR --json` printed.  [the plan's]",
+            metavar="FILE",
+        ),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write all that happens, for ui.perfetto.dev.")
     ] = None,
@@ -46,13 +59,17 @@ def simulate_command(
         from p2bw.compiler.plan import read_plan
         from p2bw.compiler.simulation.job import make_job
         from p2bw.compiler.simulation.simulate import simulate
+        from p2bw.compiler.simulation.times import read_times
         from p2bw.compiler.units import several
         from p2bw.progress import progress
         from p2bw.simulation_tables import print_simulation, print_timeline
 
         plan = read_plan(artifact)
         options = Options(
-            jitter=parse_jitter(jitter), seed=seed, stragglers=parse_stragglers(straggler or [])
+            jitter=parse_jitter(jitter),
+            seed=seed,
+            stragglers=parse_stragglers(straggler or []),
+            times=read_times(times, plan) if times is not None else None,
         )
         with progress(quiet) as say:
             say(f"simulating {several(plan.depth, 'stage')} x {several(plan.width, 'replica')}")

@@ -299,6 +299,9 @@ def test_measured_times_take_the_place_of_the_plan_s() -> None:
     plan = made_plan(3)
     times = [StageTimes(2e-3, 3e-3, 3e-3), StageTimes(1e-3, 1e-3), StageTimes(1e-3, 1e-3)]
     assert simulate(plan, times=times).period_s == pytest.approx(6e-3)
+    again = [s.model_copy(update={"recompute": True}) for s in plan.stages]
+    found = simulate(plan.model_copy(update={"stages": tuple(again)}), times=times)
+    assert found.utilisation == pytest.approx((3 + 1 + 1) / 3 / 6)  # only the backwards count
     with pytest.raises(UsageError, match="times of 2 stages were given; the plan has 3"):
         simulate(plan, times=times[:2])
 

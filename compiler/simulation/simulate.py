@@ -174,8 +174,10 @@ def whole_run(job: Job, steady: Steady) -> Whole:
 
 def _utilisation(plan: Plan, times: Sequence[StageTimes], period_s: float) -> float:
     """As the plan counts it: computing the forward again is no use of a device."""
-    again = [stage.compute_s.recompute for stage in plan.stages]
-    busy_s = sum(t.forward_s + t.backward_s for t in times) - sum(again)
+    busy_s = sum(
+        t.backward_s if stage.recompute else t.forward_s + t.backward_s
+        for stage, t in zip(plan.stages, times, strict=True)
+    )
     gpus: int = plan.topology["gpus"]
     return busy_s * plan.width / (gpus * period_s) if period_s else 0.0
 
