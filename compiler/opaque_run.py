@@ -37,6 +37,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+_DRAWS = 5  # of values, see _draw
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
@@ -131,9 +132,8 @@ def observe(
 
     `module` gives it with its first weights, `regions` enters what surrounds the call.
     """
-    tensors = [_draw(argument, 0) for argument in given]
-    saw = _run(module(), arguments, given, tensors, regions)
-    for number in (1, 2, 3):
+    first, saw = _first_run(module, arguments, given, regions)
+    for number in range(first + 1, _DRAWS):
         tensors = [_draw(argument, number) for argument in given]
         args, kwargs = filled(arguments, tensors)
         try:
@@ -148,6 +148,25 @@ def observe(
             forms = " and ".join(", ".join(map(str, form)) for form in (saw.outputs, kinds))
             raise UnfitError(f"returns what depends on the values that it is given: {forms}")
     return saw
+
+
+def _first_run(
+    module: Callable[[], nn.Module],
+    arguments: Any,
+    given: tuple[Argument, ...],
+    regions: Callable[[], ExitStack],
+) -> tuple[int, Observed]:
+    """A run on the first values that the module takes, and which those are."""
+    failures: list[Exception] = []
+    for number in range(_DRAWS):
+        tensors = [_draw(argument, number) for argument in given]
+        try:
+            return number, _run(module(), arguments, given, tensors, regions)
+        except UnfitError:
+            raise
+        except Exception as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _types(tensors: list[Tensor]) -> tuple[TensorType, ...]:
@@ -206,9 +225,14 @@ def _run(
 
 
 def _draw(argument: Argument, number: int) -> Tensor:
-    """Values for an argument: of either sign, or of one; whole numbers that suit any table."""
+    """Values for an argument: of either sign, or of one; whole numbers that suit any table.
+
+    At last ones, for who takes nothing but a mask.
+    """
     kind = argument.type
     tensor = torch.empty_strided(kind.shape, argument.stride, dtype=kind.dtype)
+    if number == _DRAWS - 1:
+        return tensor.fill_(1)
     with seeded(f"opaque:{number}"):
         if not (kind.dtype.is_floating_point or kind.dtype.is_complex):
             return tensor.copy_(torch.randint(2, kind.shape))

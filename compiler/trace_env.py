@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 from unittest import mock
@@ -111,9 +112,12 @@ def plain_checkpoints(code: UserCode, notes: dict[str, None] | None = None) -> I
 @contextmanager
 def recording_lines(code: UserCode) -> Iterator[None]:
     """Record for each node the innermost line that is not torch's, be it in forward or not."""
+    step = str(Path(__file__).with_name("trace.py"))  # what calls that, is not the model's code
 
     def innermost(_: object, frames: traceback.StackSummary) -> traceback.StackSummary:
         for frame in reversed(frames):
+            if frame.filename == step:
+                break
             if code.line(frame.filename, frame.lineno or 0):
                 return traceback.StackSummary.from_list([frame])
         return traceback.StackSummary()

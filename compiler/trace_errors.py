@@ -16,6 +16,11 @@ AUTOCAST = (
     "torch.autocast(x.device.type, dtype=...) for an input x"
 )
 
+_ASSERTION = (
+    "an assertion on the values in a tensor, which a compiled program cannot check; leave it out, "
+    "or write `assert torch.compiler.is_compiling() or ...`"
+)
+
 
 class UntraceableError(ModelError):
     """What a module does cannot be a node of a program; `path` is the module's."""
@@ -44,8 +49,11 @@ def explain(
             return link
     code, factory = step.file.code, step.file.factory
     if any(_needs_values(link) for link in links):
+        line = code.line_of(error)
+        if line is not None and line.text.startswith("assert"):
+            return at(line, _ASSERTION)
         return at(
-            code.line_of(error),
+            line,
             "the model decides by the values in a tensor, which a compiled program cannot do; "
             "compute both ways and choose by torch.where, or move the decision into a submodule of "
             "its own, which then stays one call of your code",

@@ -30,6 +30,12 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def flops(value: float) -> str:
+    """86400000 -> '86.4 MFLOP', 86 -> '86 FLOP'."""
+    text = count(value)
+    return f"{text}FLOP" if " " in text else f"{text} FLOP"
+
+
 def parameters(value: int) -> str:
     """2156000000 -> '2.16 B' (billions, as people count parameters)."""
     return count(value).replace("G", "B")

@@ -21,6 +21,7 @@ _PARTS = ("cli", "compiler", "contract", "modelfile", "passes", "runtime", "tele
 # In a checkout the subpackages lie beside other folders, such as examples/.
 _OURS = (_ROOT,) if _ROOT.name == "p2bw" else tuple(_ROOT / part for part in _PARTS)
 _NOT_THE_USERS = tuple(f"{directory}{os.sep}" for directory in (*_OURS, _TORCH))
+_SENTENCE = 200  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,19 @@ class UserCode:
             reason = f"called sys.exit({'' if error.code is None else repr(error.code)})"
         else:
             reason = f"raised {type(error).__name__}"
-            if first := str(error).strip().partition("\n")[0]:
+            if first := _gist(error):
                 reason += f": {first}"
         message = f"{line or self.name}: {what} {reason}"
         if line and line.text:
             message += f"\n    {line.text}"
         return f"{message}\n{cure}" if cure else message
+
+
+def _gist(error: BaseException) -> str:
+    """The first line of what an error says; all of it if the rest is no more than a sentence."""
+    first, _, rest = str(error).strip().partition("\n")
+    goes_on = first.endswith((":", ",")) and len(rest) <= _SENTENCE
+    return " ".join(f"{first} {rest}".split()) if goes_on else first
 
 
 def _is_installed(file: str) -> bool:

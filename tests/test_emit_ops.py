@@ -180,6 +180,7 @@ OTHERS = """
     a.half().float()
     a.expand_as(b).type_as(b)
     a.T.mT
+    a.H.mH
     torch.logical_or(a > 0, b > 0)
     torch.clamp(a, torch.tensor(0.0), b)
     (a.unsqueeze(-1) - b.unsqueeze(-2)).pow(2).sum(-1).sqrt()
@@ -194,6 +195,12 @@ OTHERS = """
     F.hardswish(a * 1, inplace=True)
     F.dropout(a * 1, 0.5, inplace=True)
     F.dropout2d(c, 0.5)
+    torch.div(a.detach(), 2.0, out=torch.empty(4, 6))
+    torch.sum(a.detach(), (0,), True, out=torch.empty(1, 6)) + 1
+    torch.cat((a.detach(), a.detach()), dim=1, out=torch.empty(4, 12))
+    torch.max(a.detach(), 1, out=(torch.empty(4), torch.empty(4, dtype=torch.long)))[0]
+    torch.linalg.vector_norm(a.detach(), dim=-1, out=torch.empty(4))
+    F.normalize(a.detach(), dim=-1, out=torch.empty(4, 6))
     F.unfold(c, 2)
     F.grid_sample(c, c[:, :2].permute(0, 2, 3, 1), align_corners=False)
 """

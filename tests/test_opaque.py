@@ -649,3 +649,29 @@ def test_there_is_no_onnx_of_an_opaque_module(mixture, tmp_path):
     with pytest.raises(ModelError, match=r"^h.0.moe was not traced \(moe.py:"):
         export_onnx(mixture, out=tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_mask_that_no_other_values_can_stand_for(tmp_path):
+    """What a module takes is found out: this one is content with ones."""
+    plan, _ = verified(
+        """
+class Masked(nn.Module):
+    def forward(self, x, mask):
+        if (mask != 1).any():
+            raise ValueError("this is no mask")
+        return x * mask
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.masked = Masked()
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.masked(self.first(x), (x == x).float()))
+""",
+        tmp_path,
+    )
+    assert [o.module for o in plan.opaque] == ["masked"]

@@ -427,6 +427,28 @@ def test_what_cannot_be_traced_is_one_clear_message(program_of, body, message, c
     assert capfd.readouterr() == ("", "")
 
 
+def test_an_assertion_on_values_is_said_to_be_one(program_of):
+    net = NET.replace("return BODY", "assert y.isfinite().all()\n        return y")
+    with pytest.raises(ModelError, match=AT + "an assertion on the values.*leave it out"):
+        program_of(net)
+
+
+def test_the_whole_of_a_short_message_is_shown(program_of):
+    net = NET.replace("return BODY", 'raise ImportError("no scipy, get it:\\n pip install scipy")')
+    with pytest.raises(ModelError, match="ImportError: no scipy, get it: pip install scipy"):
+        program_of(net)
+
+
+def test_who_calls_the_compiler_is_no_source_of_the_model(program_of):
+    _, program = program_of("""
+def model():
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+""")
+    sources = {node.name: program.facts[node.name].source for node in program.compute_nodes}
+    assert sources["linear"] == sources["linear_1"] == ""  # torch's own code calls torch's own
+    assert sources[program.loss.name].startswith("net.py:")
+
+
 def test_autocast_for_another_device_is_refused(program_of):
     body = 'torch.autocast("cuda", dtype=torch.bfloat16)(self.fc)(x)'
     with pytest.raises(ModelError, match=AT + "autocast for a device"):

@@ -9,7 +9,7 @@ from p2bw.compiler.emit.comments import plain, spans, wrapped
 from p2bw.compiler.emit.expr import WIDTH
 from p2bw.compiler.plan import Plan, TransferSpec
 from p2bw.compiler.program import TensorType
-from p2bw.compiler.units import count, data, parameters, percent, seconds
+from p2bw.compiler.units import data, flops, parameters, percent, seconds
 
 _TIE = "\N{NO-BREAK SPACE}"
 
@@ -108,8 +108,8 @@ def format_header(header: StageHeader) -> str:
     share = f", busy {percent(busy / header.period_s)} of the period" if header.period_s else ""
     rows = [
         ("parameters", parameters(header.parameters)),
-        ("forward", f"{seconds(header.forward_s)}, {count(header.flops_forward)}FLOP"),
-        ("backward", f"{seconds(header.backward_s)}, {count(header.flops_backward)}FLOP"),
+        ("forward", f"{seconds(header.forward_s)}, {flops(header.flops_forward)}"),
+        ("backward", f"{seconds(header.backward_s)}, {flops(header.flops_backward)}"),
     ]
     if header.recompute_s:
         rows.append(("recompute", f"{seconds(header.recompute_s)}: the forward once more"))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from p2bw.compiler.emit.expr import (
@@ -29,6 +30,8 @@ _REDUCTIONS = ("none", "mean", "sum")
 def render(op: Op) -> Node:
     """The idiom for a call if there is one that means exactly the same, else the overload."""
     base = op.name.partition(".")[0]
+    if outs := [a.name for a in op.schema if a.out]:
+        return _into(op, base) if outs == ["out"] and _is_function(base) else _overload(op)
     special = _SPECIAL.get(op.name) or _SPECIAL.get(base)
     found = special(op) if special else None
     if found is None and op.name in OPERATORS:
@@ -47,6 +50,11 @@ def augmented(op: Op) -> str:
 
 def _is_method(base: str) -> bool:
     return base in METHODS or (base.endswith("_") and base[:-1] in METHODS)
+
+
+def _is_function(base: str) -> bool:
+    """Whether torch has it as it is, and not as Python code around it."""
+    return hasattr(torch._C._VariableFunctions, base)
 
 
 # Overloads that the method of the same name does not take.
@@ -108,6 +116,12 @@ def _method(op: Op, base: str) -> Node | None:
         elif base in _ONE_DIM and len(args[0].items) == 1:
             args[0] = args[0].items[0]
     return Call(Attr(op.expr(op.schema[0].name), base), tuple(args), tuple(kwargs.items()))
+
+
+def _into(op: Op, base: str) -> Node:
+    """torch.div(a, b, out=c): no method takes `out`."""
+    args, kwargs = _rest(op, 0)
+    return Call(Raw(f"torch.{base}"), tuple(args), tuple(kwargs.items()))
 
 
 def _overload(op: Op) -> Node:
@@ -340,6 +354,8 @@ _SPECIAL: dict[str, Callable[[Op], Node | None]] = {
     "neg.default": lambda op: Unary("-", op.expr("self")),
     "bitwise_not.default": lambda op: Unary("~", op.expr("self")),
     "mT.default": lambda op: Attr(op.expr("self"), "mT"),
+    "mH.default": lambda op: Attr(op.expr("self"), "mH"),
+    "matrix_H.default": lambda op: Attr(op.expr("self"), "H"),
     "numpy_T.default": lambda op: Attr(op.expr("self"), "T"),
     "upsample_nearest1d.vec": _interpolate("nearest"),
     "upsample_nearest2d.vec": _interpolate("nearest"),

@@ -20,12 +20,13 @@ class _Argument:
     default: Any
     required: bool
     keyword_only: bool
+    out: bool  # what the result is written into
 
 
 @cache
 def _schema(target: Any) -> tuple[_Argument, ...]:
     return tuple(
-        _Argument(a.name, a.default_value, not a.has_default_value(), a.kwarg_only)
+        _Argument(a.name, a.default_value, not a.has_default_value(), a.kwarg_only, a.is_out)
         for a in target._schema.arguments
     )
 
