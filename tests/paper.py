@@ -14,8 +14,8 @@ from simulated import made_plan
 
 from p2bw.compiler.devices import find_device
 from p2bw.compiler.placement.candidates import make_models
+from p2bw.compiler.placement.levels import search_models
 from p2bw.compiler.placement.result import Limits, Placement
-from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.plan import Plan, Schedule
 from p2bw.compiler.problem import BlockCost, ParameterCost, PlacementProblem, TensorCost
 from p2bw.compiler.simulation.simulate import simulate

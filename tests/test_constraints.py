@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from p2bw.__main__ import app
 from p2bw.compiler.lower import placement_problem
-from p2bw.compiler.placement.search import solve_fixed
+from p2bw.compiler.placement.solver import solve_fixed
 from p2bw.compiler.problem import Constraints, TensorCost
 from p2bw.compiler.rules import Rules, check_rules, constraints_of, pairs_apart, parse_rules
 from p2bw.compiler.topology import make_topology

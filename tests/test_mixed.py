@@ -3,6 +3,7 @@
 import pytest
 from bruteforce import best_rate
 from corpus import ROOT
+from drawn import memories, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +12,6 @@ from p2bw.compiler.driver import compile_model
 from p2bw.compiler.placement import Limits, solve
 from p2bw.compiler.problem import (
     BlockCost,
-    Constraints,
-    ParameterCost,
     PlacementProblem,
     TensorCost,
     Times,
@@ -20,9 +19,6 @@ from p2bw.compiler.problem import (
 from p2bw.compiler.topology import Level, Others, Topology, Wire
 from p2bw.compiler.verify import verify
 from p2bw.contract.errors import InfeasibleError
-
-small = st.integers(0, 9)
-size = st.integers(0, 20)
 
 
 def device(name, memory):
@@ -42,11 +38,10 @@ def topologies(draw):
     """Up to 4 devices of up to 3 kinds, in a tree of levels or a graph of wires."""
     gpus = draw(st.sampled_from([4, 4, 3, 3, 2, 1]))
     kinds = draw(st.integers(1, min(3, gpus)))
-    memory = st.sampled_from([150, 200, 300, 10**6])
     runs = [1] * kinds
     for _ in range(gpus - kinds):
         runs[draw(st.integers(0, kinds - 1))] += 1
-    devices = [device(f"kind{i}", draw(memory)) for i in range(kinds)]
+    devices = [device(f"kind{i}", draw(memories)) for i in range(kinds)]
     more = tuple(Others(device=d, gpus=n) for d, n in zip(devices[1:], runs[1:], strict=True))
     speed = st.sampled_from([20.0, 50.0, 200.0, 1e9])
     common = {"name": "toy", "device": devices[0], "gpus": gpus, "more": more}
@@ -67,82 +62,6 @@ def topologies(draw):
             if draw(st.integers(0, 2)) == 0:
                 wires.append(Wire(a=a, b=b, bandwidth=draw(speed)))
     return Topology(**common, wires=tuple(wires), switches=("left", "right"))
-
-
-@st.composite
-def problems(draw):
-    """Up to 9 blocks with skips, fan-out, ties, constraints, and limits that bind."""
-    topology = draw(topologies())
-    others = [kind.name for kind in topology.kinds[1:]]
-    count = draw(st.sampled_from([9, 8, 7, 6, 5, 4, 3, 2, 1]))
-    names = [f"b{i}" for i in range(count)]
-    seconds = small.map(lambda tenths: tenths / 10)
-    blocks = tuple(
-        BlockCost(
-            name=name,
-            forward_s=draw(seconds),
-            backward_s=draw(seconds),
-            on={kind: Times(forward_s=draw(seconds), backward_s=draw(seconds)) for kind in others},
-            stash_bytes=draw(size),
-            transient_bytes=draw(size),
-            buffer_bytes=draw(small),
-        )
-        for name in names
-    )
-    tensors = []
-    for producer in range(count - 1):
-        readers = draw(st.sets(st.integers(producer + 1, count - 1), max_size=3))
-        if producer % 3 or draw(st.booleans()):
-            readers.add(producer + 1)  # mostly connected: a row with skips
-        if readers:
-            tensors.append(
-                TensorCost(
-                    name=f"t{producer}",
-                    producer=names[producer],
-                    consumers=tuple(names[reader] for reader in sorted(readers)),
-                    bytes=draw(size),
-                    gradient_bytes=draw(size),
-                    saved=draw(st.booleans()),
-                )
-            )
-    parameters = tuple(
-        ParameterCost(
-            name=f"w{i}",
-            bytes=draw(size),
-            gradient_bytes=draw(size),
-            optimizer_bytes=draw(size),
-            update_s=draw(seconds),
-            on={kind: draw(seconds) for kind in others},
-            blocks=tuple(sorted(draw(st.sets(st.sampled_from(names), min_size=1, max_size=3)))),
-        )
-        for i in range(draw(st.integers(0, 4)))
-    )
-    microbatch = draw(st.integers(1, 3))
-    return PlacementProblem(
-        microbatch=microbatch,
-        clip_norm=1.0 if microbatch == 2 else None,
-        schedule=draw(st.sampled_from(["2bw", "2bw", "flush", "gpipe", "stash"])),
-        microbatches=draw(st.sampled_from([None, None, 4])),
-        blocks=blocks,
-        tensors=tuple(tensors),
-        parameters=parameters,
-        topology=topology,
-        constraints=draw(constraints(names, [tensor.name for tensor in tensors])),
-    )
-
-
-@st.composite
-def constraints(draw, names, tensors):
-    if draw(st.integers(0, 3)):
-        return Constraints()
-    pairs = st.tuples(st.sampled_from(names), st.sampled_from(names))
-    return Constraints(
-        pin=draw(st.dictionaries(st.sampled_from(names), st.integers(0, 1), max_size=1)),
-        together=tuple(draw(st.lists(pairs, max_size=1))),
-        apart=tuple(p for p in draw(st.lists(pairs, max_size=1)) if p[0] != p[1]),
-        never_cut=tuple(draw(st.lists(st.sampled_from(tensors), max_size=1)) if tensors else ()),
-        max_stages=draw(st.sampled_from([None, 2, 3])),
-    )
 
 
 def check(problem, policy, limits):
@@ -248,12 +167,12 @@ policies = st.sampled_from(["auto", "auto", "auto", "always", "never"])
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
-@given(problem=problems(), policy=policies)
+@given(problem=problems(topologies(), most=9), policy=policies)
 def test_the_optimum_is_that_of_brute_force(problem, policy):
     check(problem, policy, Limits())
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(problem=problems(), policy=policies)
+@given(problem=problems(topologies(), most=9), policy=policies)
 def test_nor_does_it_take_all_ideals(problem, policy):
     check(problem, policy, Limits(ideals=4))

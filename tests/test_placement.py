@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+from drawn import memories, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from p2bw.compiler.placement import Limits, solve, solve_fixed
 from p2bw.compiler.placement.candidates import make_models, make_shapes
 from p2bw.compiler.placement.evaluate import evaluate
 from p2bw.compiler.placement.instance import make_instance
-from p2bw.compiler.placement.search import search_models
+from p2bw.compiler.placement.levels import search_models
 from p2bw.compiler.problem import (
     BlockCost,
     Constraints,
@@ -41,83 +42,13 @@ def topology(gpus, memory=10**6, links=(1e3, 1e3), node=None):
     return Topology(name="toy", device=device, gpus=gpus, levels=tuple(levels))
 
 
-small = st.integers(0, 9)
-size = st.integers(0, 20)
-
-
-@st.composite
-def problems(draw):
-    """Up to 6 blocks with skips, fan-out, ties, and limits on memory and links that bind."""
-    count = draw(st.integers(2, 6))
-    names = [f"b{i}" for i in range(count)]
-    blocks = tuple(
-        BlockCost(
-            name=name,
-            forward_s=draw(small) / 10,
-            backward_s=draw(small) / 10,
-            stash_bytes=draw(size),
-            transient_bytes=draw(size),
-            buffer_bytes=draw(small),
-        )
-        for name in names
-    )
-    tensors = []
-    for producer in range(count - 1):
-        readers = draw(
-            st.sets(st.integers(producer + 1, count - 1), min_size=0, max_size=3).map(sorted)
-        )
-        if readers:
-            tensors.append(
-                TensorCost(
-                    name=f"t{producer}",
-                    producer=names[producer],
-                    consumers=tuple(names[reader] for reader in readers),
-                    bytes=draw(size),
-                    gradient_bytes=draw(size),
-                    saved=draw(st.booleans()),
-                )
-            )
-    parameters = tuple(
-        ParameterCost(
-            name=f"w{i}",
-            bytes=draw(size),
-            gradient_bytes=draw(size | st.just(0)),
-            optimizer_bytes=draw(size),
-            update_s=draw(small) / 10,
-            blocks=tuple(draw(st.sets(st.sampled_from(names), min_size=1, max_size=3))),
-        )
-        for i in range(draw(st.integers(0, 4)))
-    )
-    gpus = draw(st.integers(2, 4))
-    constraints = Constraints()
-    if draw(st.integers(0, 3)) == 0:
-        pairs = st.tuples(st.sampled_from(names), st.sampled_from(names))
-        constraints = Constraints(
-            pin=draw(st.dictionaries(st.sampled_from(names), st.integers(0, 1), max_size=1)),
-            together=tuple(draw(st.lists(pairs, max_size=1))),
-            apart=tuple(p for p in draw(st.lists(pairs, max_size=1)) if p[0] != p[1]),
-            never_cut=tuple(
-                draw(st.lists(st.sampled_from([t.name for t in tensors]), max_size=1))
-                if tensors
-                else ()
-            ),
-        )
-    return PlacementProblem(
-        microbatch=draw(st.integers(1, 3)),
-        schedule=draw(st.sampled_from(["2bw", "2bw", "flush", "gpipe", "stash"])),
-        microbatches=draw(st.sampled_from([None, None, 4])),
-        clip_norm=draw(st.sampled_from([None, None, 1.0])),
-        blocks=blocks,
-        tensors=tuple(tensors),
-        parameters=parameters,
-        topology=topology(
-            gpus,
-            memory=draw(st.sampled_from([150, 200, 300, 10**6])),
-            links=draw(st.sampled_from([(1e9, 1e9), (50.0, 20.0), (200.0, 30.0)])),
-            node=draw(st.sampled_from([None, 2])),
-        ),
-        constraints=constraints,
-    )
+topologies = st.builds(
+    topology,
+    st.integers(2, 4),
+    memory=memories,
+    links=st.sampled_from([(1e9, 1e9), (50.0, 20.0), (200.0, 30.0)]),
+    node=st.sampled_from([None, 2]),
+)
 
 
 def best_by_brute_force(problem, policy, depths):
@@ -151,7 +82,7 @@ def best_by_brute_force(problem, policy, depths):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    problem=problems(),
+    problem=problems(topologies, most=6),
     policy=st.sampled_from(["auto", "auto", "always", "never"]),
     depths=st.sampled_from([None, (2,), (2, 3)]),
 )

@@ -15,7 +15,7 @@ from staged import compare, cut, program_of
 from test_runtime_compiled import differing
 from test_runtime_processes import torchrun
 
-from p2bw.compiler import driver
+from p2bw.compiler import driver, fitting
 from p2bw.compiler.emit import emit_stages
 from p2bw.compiler.footprint import footprint
 from p2bw.compiler.placement.evaluate import Shape, evaluate
@@ -114,14 +114,14 @@ def compiled_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
 
     The placement is the solver's own; what it would relay is replaced by the choice.
     """
-    solve = driver.solve
+    solve = fitting.solve
 
     def compile_with(choice: Choice, model: Path, depth: int, **options: Any) -> Path:
         def solved(problems: Any, **given: Any) -> Placement:
             placement = solve(problems, **given)
             return with_relays(problems(placement.microbatch), placement, choice)
 
-        monkeypatch.setattr(driver, "solve", solved)
+        monkeypatch.setattr(fitting, "solve", solved)
         given = {"factory": "tiny", "gpus": depth, "device": "cpu", "microbatch": 2, **options}
         out = tmp_path / f"{model.stem}_{len(list(tmp_path.iterdir()))}"
         return driver.compile_model(model, depth=depth, out=out, **given).artifact

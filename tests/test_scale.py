@@ -4,9 +4,10 @@ import itertools
 from contextlib import contextmanager
 
 import pytest
+from drawn import problems
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_placement import best_by_brute_force, chain, problems, topology
+from test_placement import best_by_brute_force, chain, topologies, topology
 
 from p2bw.compiler.placement import Limits, candidates, coarsen, solve
 from p2bw.compiler.placement.coarsen import (
@@ -46,7 +47,7 @@ def instance_of(problem):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(problem=problems(), data=st.data())
+@given(problem=problems(topologies, most=6), data=st.data())
 def test_a_coarse_placement_is_a_fine_one_with_the_same_numbers(problem, data):
     fine = instance_of(problem)
     with few_groups(data.draw(st.integers(1, 5))):
@@ -76,7 +77,7 @@ def optimum(problem, policy="auto", depths=None):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(problem=problems(), ideals=st.integers(2, 12), depth=st.integers(1, 3))
+@given(problem=problems(topologies, most=6), ideals=st.integers(2, 12), depth=st.integers(1, 3))
 def test_the_bound_without_some_groups_is_no_higher_than_the_optimum(problem, ideals, depth):
     depth = min(depth, problem.topology.gpus)
     instance = instance_of(problem)
@@ -100,7 +101,7 @@ def test_what_is_left_out_still_orders_the_rest():
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    problem=problems(),
+    problem=problems(topologies, most=6),
     policy=st.sampled_from(["auto", "auto", "always", "never"]),
     gap=st.sampled_from([0.0, 0.01, 0.1, 0.5]),
 )

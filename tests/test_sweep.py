@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import p2bw
 from p2bw.__main__ import app
 from p2bw.app import parse_counts
-from p2bw.compiler import driver
+from p2bw.compiler import compilation
 from p2bw.contract.errors import InfeasibleError, P2BWError, UsageError
 from p2bw.sweeping import parse_prices
 
@@ -26,13 +26,13 @@ SMALL = {"layers": 6, "width": 512}
 def traced(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often the model is traced at each microbatch size."""
     counts: Counter[int] = Counter()
-    trace = driver.trace
+    trace = compilation.trace
 
     def counted(file: Any, batch_size: int) -> Any:
         counts[batch_size] += 1
         return trace(file, batch_size)
 
-    monkeypatch.setattr(driver, "trace", counted)
+    monkeypatch.setattr(compilation, "trace", counted)
     return counts
 
 

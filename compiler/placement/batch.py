@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 
 from p2bw.compiler.placement.candidates import make_models
 from p2bw.compiler.placement.dp import Recompute
+from p2bw.compiler.placement.levels import search_models
 from p2bw.compiler.placement.result import Limits, Placement
-from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.units import several
 from p2bw.contract.errors import InfeasibleError

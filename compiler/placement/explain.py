@@ -14,7 +14,7 @@ from p2bw.compiler.placement.instance import Instance, make_instance
 from p2bw.compiler.placement.marginal import Gain, find_gains
 from p2bw.compiler.placement.relays import judge
 from p2bw.compiler.placement.result import Limits, Placement
-from p2bw.compiler.placement.search import solve
+from p2bw.compiler.placement.solver import solve
 from p2bw.compiler.placement.stop import Interrupted
 from p2bw.compiler.placement.windows import TOLERANCE
 from p2bw.contract.errors import MismatchError, TimeLimitError

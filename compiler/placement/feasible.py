@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from p2bw.compiler.placement.candidates import Model, make_models
 from p2bw.compiler.placement.dp import Recompute
+from p2bw.compiler.placement.levels import search_models
 from p2bw.compiler.placement.result import Limits
-from p2bw.compiler.placement.search import search_models
 from p2bw.compiler.problem import PlacementProblem
 from p2bw.contract.errors import InfeasibleError, ModelError, UsageError
 

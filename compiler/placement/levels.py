@@ -1,5 +1,6 @@
-"""levels: solve a coarse graph, bound the fine one, and look again where the gap is too wide.
+"""search_models: a search of all shapes; of many blocks on a coarse graph first.
 
+The coarse graph is solved, the fine one is bounded, and looked at again where the gap is too wide.
 A placement of the coarse groups is one of the fine groups too. What it attains leaves few steps of
 the fine graph to be considered: those that keep no device busy for longer. Over those, a dynamic
 program bounds all depths, and solves what is still open. Where the fine graph has too many ideals
@@ -7,10 +8,16 @@ to list, it is bounded without some of its groups (skeleton.py), and the coarse 
 apart around the cuts of the best placement, again and again while that helps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from p2bw.compiler.placement.candidates import Candidate, Model, least_busy, make_candidates
+from p2bw.compiler.placement.candidates import (
+    Candidate,
+    Model,
+    least_busy,
+    make_candidates,
+    make_shapes,
+)
 from p2bw.compiler.placement.coarsen import (
     far_by_edges,
     far_in_order,
@@ -24,8 +31,8 @@ from p2bw.compiler.placement.dp import step_costs
 from p2bw.compiler.placement.evaluate import Shape
 from p2bw.compiler.placement.ideals import make_family, make_steps
 from p2bw.compiler.placement.instance import Numbers
-from p2bw.compiler.placement.result import Limits, Progress
-from p2bw.compiler.placement.search import Search, judge_candidate
+from p2bw.compiler.placement.result import Limits
+from p2bw.compiler.placement.search import OnProgress, Search, judge_candidate
 from p2bw.compiler.placement.skeleton import skeleton
 
 COARSE_SHARE = 0.25  # of CP-SAT's time, for the coarse graph if nothing else finds a placement
@@ -33,11 +40,31 @@ ROUNDS = 8  # of taking apart, at most
 HALVINGS = 8  # of how far around the cuts, at most
 
 
-def search_levels(
+def search_models(
+    models: Sequence[Model],
+    depths: Sequence[int] | None,
+    widths: Sequence[int] | None,
+    limits: Limits,
+    progress: OnProgress | None = None,
+) -> Search:
+    """The search of all shapes at all microbatch sizes: what it found, and what it left open."""
+    shapes = make_shapes(models[0].instance, depths, widths)
+    if models[0].coarse is not None:
+        search = _search_levels(models, shapes, limits, progress)
+    else:
+        # Few steps are searched to the end at no cost; the gap is for what may take long.
+        search = Search(make_candidates(models, shapes), replace(limits, gap=0.0), progress)
+        search.dynamic_program()
+        search.allow(limits.gap)
+    search.integer_program(limits.deterministic_s - search.spent)
+    return search
+
+
+def _search_levels(
     models: Sequence[Model],
     shapes: Sequence[Shape],
     limits: Limits,
-    progress: Callable[[Progress], None] | None,
+    progress: OnProgress | None,
 ) -> Search:
     """A search of models with coarse ones, as far as it goes without CP-SAT on the fine graphs."""
     search = Search(make_candidates(models, shapes), limits, progress)

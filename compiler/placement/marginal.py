@@ -8,7 +8,7 @@ from p2bw.compiler.devices import GIB
 from p2bw.compiler.placement.changes import with_devices, with_memory
 from p2bw.compiler.placement.feasible import Request
 from p2bw.compiler.placement.result import Limits
-from p2bw.compiler.placement.search import solve
+from p2bw.compiler.placement.solver import solve
 from p2bw.compiler.placement.stop import Interrupted
 from p2bw.compiler.topology import Topology
 from p2bw.contract.errors import TimeLimitError

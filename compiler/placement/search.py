@@ -1,4 +1,4 @@
-"""solve: the best placement over depth, width, microbatch size, recomputation and layout.
+"""Search: of shapes at all microbatch sizes the best placement, and a bound on all others.
 
 Bounds rule out most shapes, a dynamic program solves or bounds the others, and an integer program
 settles what it leaves open; all share the best placement found so far.
@@ -6,130 +6,21 @@ settles what it leaves open; all share the best placement found so far.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from p2bw.compiler.placement.candidates import (
-    Candidate,
-    Model,
-    make_candidates,
-    make_models,
-    make_shapes,
-)
+from p2bw.compiler.placement.candidates import Candidate
 from p2bw.compiler.placement.cpsat import solve_shape
-from p2bw.compiler.placement.dp import Recompute, StepCosts, feasible_chain, step_costs
-from p2bw.compiler.placement.infeasible import why_infeasible
+from p2bw.compiler.placement.dp import StepCosts, feasible_chain, step_costs
 from p2bw.compiler.placement.layouts import best_kinds, improve, lay_out, list_layouts
 from p2bw.compiler.placement.relays import Judgement, judge, relayed_tensors
 from p2bw.compiler.placement.result import Limits, Placement, Progress
 from p2bw.compiler.placement.rows import row_placements
 from p2bw.compiler.placement.windows import TOLERANCE
-from p2bw.compiler.problem import PlacementProblem
 from p2bw.compiler.units import several
-from p2bw.contract.errors import InfeasibleError, TimeLimitError
 
-MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-Problems = Mapping[int, PlacementProblem] | Callable[[int], PlacementProblem]
 OnProgress = Callable[[Progress], None]
-
-
-def solve(
-    problems: Problems,
-    *,
-    depths: Iterable[int] | None = None,
-    widths: Iterable[int] | None = None,
-    microbatches: Iterable[int] | None = None,
-    recompute: Recompute = "auto",
-    limits: Limits | None = None,
-    progress: OnProgress | None = None,
-    start: Placement | None = None,
-) -> Placement:
-    """The placement with the most samples per second, and how near to the best it is proven to be.
-
-    `problems` gives the problem at each microbatch size; without `microbatches`, all of a mapping's
-    or the powers of two. Without `depths`, every depth; without `widths`, as many replicas as the
-    devices allow. `start`, a placement of the same blocks, is taken if nothing better is found.
-    InfeasibleError if nothing fits; TimeLimitError if that could not be settled.
-    """
-    limits = limits or Limits()
-    if microbatches is None:
-        microbatches = problems if isinstance(problems, Mapping) else MICROBATCHES
-    get = problems.__getitem__ if isinstance(problems, Mapping) else problems
-    chosen = [get(size) for size in sorted(set(microbatches))]
-    depths = sorted(set(depths)) if depths is not None else None
-    widths = sorted(set(widths)) if widths is not None else None
-    try:
-        models = make_models(chosen, recompute, limits.ideals)
-        search = search_models(models, depths, widths, limits, progress)
-    except InfeasibleError as error:
-        reason = str(error)
-    else:
-        if start is not None:
-            search.offer_start(start)
-        if search.best is not None:
-            return search.placement()
-        if search.open():
-            if limits.stop():
-                raise limits.stop.error()
-            raise TimeLimitError(
-                f"no placement found within {limits.deterministic_s:g} deterministic seconds, and "
-                "none ruled out; raise the limit, fix --depth, or offer more memory"
-            )
-        reason = why_infeasible(models, [candidate.shape for candidate in search.candidates])
-    from p2bw.compiler.placement.cures import infeasible
-    from p2bw.compiler.placement.feasible import Request
-
-    if progress is not None:
-        progress(Progress(phase="cures", done=0, total=0, samples_per_s=None, bound=0.0))
-    request = Request(tuple(chosen), _tuple(depths), _tuple(widths), recompute, problems)
-    raise infeasible(reason, request, limits)
-
-
-def _tuple(values: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if values is None else tuple(values)
-
-
-def search_models(
-    models: Sequence[Model],
-    depths: Sequence[int] | None,
-    widths: Sequence[int] | None,
-    limits: Limits,
-    progress: OnProgress | None = None,
-) -> "Search":
-    """The search of all shapes at all microbatch sizes: what it found, and what it left open."""
-    shapes = make_shapes(models[0].instance, depths, widths)
-    if models[0].coarse is not None:
-        from p2bw.compiler.placement.levels import search_levels
-
-        search = search_levels(models, shapes, limits, progress)
-    else:
-        # Few steps are searched to the end at no cost; the gap is for what may take long.
-        search = Search(make_candidates(models, shapes), replace(limits, gap=0.0), progress)
-        search.dynamic_program()
-        search.allow(limits.gap)
-    search.integer_program(limits.deterministic_s - search.spent)
-    return search
-
-
-def solve_fixed(
-    problem: PlacementProblem,
-    depth: int,
-    width: int = 1,
-    *,
-    recompute: Recompute = "auto",
-    limits: Limits | None = None,
-) -> Placement:
-    """The best placement of one shape at the problem's own microbatch size."""
-    return solve(
-        {problem.microbatch: problem},
-        depths=(depth,),
-        widths=(width,),
-        recompute=recompute,
-        limits=limits,
-    )
 
 
 def judge_candidate(candidate: Candidate, stages: Sequence[int]) -> Judgement:
