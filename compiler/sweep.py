@@ -95,22 +95,15 @@ def sweep(
     no plan is a row that says why; InfeasibleError if none has. With `out`, that folder gets
     sweep.csv, sweep.svg and each plan.
     """
-    for name in schedule:
-        checked_schedule(name, None)
-    checked_recompute(recompute)
-    parse_gap(gap)
-    for name, price in (prices or {}).items():
-        find_device(name)
-        if not 0 <= price < math.inf:
-            raise UsageError(f"--price {name}={price:g}: give what an hour costs")
+    _check(schedule, recompute, gap, prices or {})
     points = list(_points(gpus, device, memory, cluster, batch, schedule))
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_file("--out", folder / "sweep.csv")
     rows: list[Row] = []
     with model_source(Path(model), factory, settings or {}, None) as source:
-        casts = checked_autocast(autocast)
-        file = load_model_file(source.path, factory, dict(source.settings), casts)
+        given = dict(source.settings)
+        file = load_model_file(source.path, factory, given, checked_autocast(autocast))
         shared = Shared(file, source.weights)
         for number, (point, topology) in enumerate(points, start=1):
             head = f"{number}/{len(points)} {point.name}: "
@@ -138,6 +131,18 @@ def sweep(
     if all(row.plan is None for row in rows):
         raise InfeasibleError(f"no point of the sweep has a plan; the first: {rows[0].reason}")
     return rows
+
+
+def _check(schedule: Sequence[str], recompute: str, gap: str, prices: Mapping[str, float]) -> None:
+    """Refuse before any long work what no plan could be made with."""
+    for name in schedule:
+        checked_schedule(name, None)
+    checked_recompute(recompute)
+    parse_gap(gap)
+    for name, price in prices.items():
+        find_device(name)
+        if not 0 <= price < math.inf:
+            raise UsageError(f"--price {name}={price:g}: give what an hour costs")
 
 
 def _points(

@@ -121,6 +121,14 @@ class Pipeline:
             return min(ahead, self.microbatches - 1)
         return ahead + self.extra if ahead else 0
 
+    def inbound(self, stage: int) -> dict[Flow, list[Channel]]:
+        """The channels to a stage, by what they carry."""
+        return {f: [c for c in self.channels if (c.flow, c.target) == (f, stage)] for f in Flow}
+
+    def outbound(self, stage: int) -> dict[Flow, list[Channel]]:
+        """The channels from a stage, by what they carry."""
+        return {f: [c for c in self.channels if (c.flow, c.source) == (f, stage)] for f in Flow}
+
     def sums(self, stage: int) -> set[str]:
         """The tied parameters that the stage is the first to hold: it adds the norms of these."""
         ties = [c for c in self.channels if c.flow is Flow.TIED]
@@ -255,10 +263,7 @@ class _Stage:
         self.posted: dict[Channel, int] = {}
         # How many batches have come so far.
         self.closed = self.gathered = self.normed = self.updated = self.merged = pipe.first
-        self.into = {
-            f: [c for c in pipe.channels if (c.flow, c.target) == (f, stage)] for f in Flow
-        }
-        self.out = {f: [c for c in pipe.channels if (c.flow, c.source) == (f, stage)] for f in Flow}
+        self.into, self.out = pipe.inbound(stage), pipe.outbound(stage)
 
     def runs(self, microbatch: int) -> bool:
         batch = microbatch // self.pipe.microbatches

@@ -117,22 +117,14 @@ class Worker:
             for part in (self.weights, self.own, self.shared):
                 part.load(start.state, start.step)
 
-        self.inbound: dict[Flow, list[Channel]] = defaultdict(list)
-        self.outbound: dict[Flow, list[Channel]] = defaultdict(list)
-        for channel in pipe.channels:
-            if channel.target == index:
-                self.inbound[channel.flow].append(channel)
-            if channel.source == index:
-                self.outbound[channel.flow].append(channel)
+        self.inbound, self.outbound = pipe.inbound(index), pipe.outbound(index)
         # A tensor's gradients are added as autograd would add them, those of later uses first.
         self.inbound[Flow.GRADIENT].sort(key=lambda channel: -channel.source)
         self.arriving: dict[Channel, deque[tuple[Action, Arrival]]] = defaultdict(deque)
         self.leaving: dict[Channel, Tensor] = {}
         self.losses: list[Tensor] = []  # of the current batch's microbatches
         self.batch_losses: dict[int, Tensor] = {}  # of whole batches, where they are reported
-        self.buffers: dict[
-            int, dict[str, Tensor]
-        ] = {}  # step -> as they were then, for checkpoints
+        self.buffers: dict[int, dict[str, Tensor]] = {}  # step -> as then, for checkpoints
         # Of batches that are closed, but not updated with:
         self.gradients: dict[int, dict[str, Tensor]] = {}
         self.reductions: dict[int, Reduction] = {}
