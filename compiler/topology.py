@@ -111,10 +111,6 @@ class Topology:
             rank //= below.size
         return rank
 
-    def crossed(self, rank: int, peer: int) -> int:
-        """Levels whose ports data between two ranks passes: 0 (same rank), 1 (one node), 2 .."""
-        return sum(self.unit(rank, i) != self.unit(peer, i) for i in range(len(self.levels)))
-
     def to_json(self) -> dict[str, Any]:
         """Plain data for plan.json."""
         data: dict[str, Any] = _TOPOLOGY.dump_python(self, mode="json")

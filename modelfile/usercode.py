@@ -76,7 +76,7 @@ class UserCode:
         return library
 
     @contextmanager
-    def running(self, what: str, cure: str = "") -> Iterator[None]:
+    def running(self, what: str) -> Iterator[None]:
         """Run the user's code; whatever it raises becomes a ModelError that says where and why."""
         try:
             with redirect_stdout(sys.stderr):
@@ -84,7 +84,7 @@ class UserCode:
         except P2BWError:
             raise
         except (Exception, SystemExit) as error:
-            raise ModelError(self.describe(error, what, cure)) from error
+            raise ModelError(self.describe(error, what)) from error
 
     def describe(self, error: BaseException, what: str, cure: str = "") -> str:
         """Place, what failed, why and the line itself, as one message."""

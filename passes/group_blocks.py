@@ -3,7 +3,7 @@
 import heapq
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from operator import getitem
@@ -29,17 +29,17 @@ _STRIDE_SENSITIVE = frozenset(
 )
 
 
-def group_blocks(program: Program, *, indivisible: Collection[str] = ()) -> Program:
+def group_blocks(program: Program) -> Program:
     """Divide the compute nodes into the smallest blocks whose graph has no cycle.
 
     Nodes that cannot be told apart stay together: a tuple and its items, writes in place and those
-    who see them, calls of the `indivisible` modules. What takes no time and has no parameters (a
-    view) goes with the operator that it serves, so that layers which each take a view of the same
-    tensor, like a table of angles, can all be sent that one tensor. How many blocks the placement
-    looks at at once is its own business (compiler/placement/coarsen.py).
+    who see them. What takes no time and has no parameters (a view) goes with the operator that it
+    serves, so that layers which each take a view of the same tensor, like a table of angles, can
+    all be sent that one tensor. How many blocks the placement looks at at once is its own business
+    (compiler/placement/coarsen.py).
     """
     nodes = program.compute_nodes
-    groups = _mandatory_groups(program, nodes, indivisible)
+    groups = _mandatory_groups(program, nodes)
     group_of = {node: i for i, group in enumerate(groups) for node in group}
     contraction = Contraction(_sizes(program, nodes, groups), _cuts(program, nodes, group_of))
     contraction.run(0.0)
@@ -59,9 +59,7 @@ def group_blocks(program: Program, *, indivisible: Collection[str] = ()) -> Prog
     )
 
 
-def _mandatory_groups(
-    program: Program, nodes: Sequence[fx.Node], indivisible: Collection[str]
-) -> list[tuple[int, ...]]:
+def _mandatory_groups(program: Program, nodes: Sequence[fx.Node]) -> list[tuple[int, ...]]:
     """What must stay together, and then whatever lies on a cycle between such groups."""
     position = {node: i for i, node in enumerate(nodes)}
     joined = UnionFind(len(nodes))
@@ -69,7 +67,6 @@ def _mandatory_groups(
         _tuples(program, nodes),
         _writes(program, nodes),
         _strided(program, nodes),
-        _calls(program, nodes, indivisible),
         _loners(program, nodes),
         _constants(nodes),
         _views(program, nodes),
@@ -160,18 +157,6 @@ def _viewed(program: Program, node: fx.Node) -> fx.Node | None:
 
 def _is_contiguous(program: Program, node: fx.Node) -> bool:
     return all(map(is_contiguous, program.facts[node.name].out, program.fact(node, "strides")))
-
-
-def _calls(
-    program: Program, nodes: Sequence[fx.Node], indivisible: Collection[str]
-) -> Iterator[list[fx.Node]]:
-    """Each call of an indivisible module stays whole."""
-    members: dict[tuple[str, int], list[fx.Node]] = {}
-    for node in nodes:
-        for scope in program.facts[node.name].scopes:
-            if scope.path in indivisible:
-                members.setdefault((scope.path, scope.call), []).append(node)
-    yield from members.values()
 
 
 def _loners(program: Program, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:

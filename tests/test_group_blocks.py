@@ -221,29 +221,6 @@ def test_thousands_of_nodes_take_little_time():
     assert time.process_time() - begin < 5  # about half a second alone on the machine
 
 
-def residual_network(layers, inner=4):
-    """x = x + f(x), where f has a wide tensor in the middle."""
-    wide = TensorType((16,), torch.float32)
-    build = Build()
-    x = build.call(build.x, module="stem")
-    for layer in range(layers):
-        y = x
-        for i in range(inner):
-            out = (wide,) if 0 < i < inner - 1 else (KIND,)
-            y = build.call(y, module=f"h.{layer}.{i}", out=out)
-        x = build.call(x, y, module=f"h.{layer}", seconds=0.05)
-    return build.program(build.call(x, module=""))
-
-
-def test_what_one_module_call_does_can_be_kept_whole():
-    program = residual_network(3)
-    grouped = group_blocks(program, indivisible=("h.1.1", "h.2"))
-    home = block_of(grouped)
-    inside = [n for n, f in program.facts.items() if any(s.path == "h.2" for s in f.scopes)]
-    assert len({home[node] for node in inside}) == 1
-    assert_sound(grouped)
-
-
 def test_what_is_written_stays_with_who_sees_it():
     build = Build()
     count = build.buffer("count")

@@ -56,9 +56,9 @@ def test_every_cluster_links_nodes_slower_than_gpus(name):
     assert again == topology
 
 
-def test_a_pair_of_ranks_passes_the_ports_up_to_their_common_group():
+def test_a_rank_belongs_to_a_unit_of_each_level():
     topology = make_topology(cluster="dgx-2:2")
-    assert [topology.crossed(0, peer) for peer in (0, 1, 15, 16, 31)] == [0, 1, 1, 2, 2]
+    assert [topology.unit(rank, 0) for rank in (0, 15, 16)] == [0, 15, 16]
     assert [topology.unit(rank, 1) for rank in (0, 15, 16)] == [0, 0, 1]
 
 

@@ -259,11 +259,11 @@ def _is_inf(node: Node) -> None:
     node.gives(f"torch.{name}({node.tensor(0)})")
 
 
-def axes_of(node: Node, index: int = 1) -> tuple[int, ...] | None:
+def axes_of(node: Node) -> tuple[int, ...] | None:
     """Axes from the attribute of older opsets or from an input; None: not given."""
     axes = node.attribute("axes")
-    if axes is None and node.has(index):
-        axes = [int(axis) for axis in node.constant(index).reshape(-1)]
+    if axes is None and node.has(1):
+        axes = [int(axis) for axis in node.constant(1).reshape(-1)]
     if axes is None:
         return None
     rank = max(node.rank(0), 1)

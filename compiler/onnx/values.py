@@ -247,9 +247,8 @@ class Node:
             raise UnsupportedError("an input whose shape depends on the batch")
         return tuple(size for size in sizes if size is not None)
 
-    def axis(self, default: int, rank: int | None = None, name: str = "axis") -> int:
-        rank = self.rank(0) if rank is None else rank
-        return int(self.attribute(name, default)) % max(rank, 1)
+    def axis(self, default: int) -> int:
+        return int(self.attribute("axis", default)) % max(self.rank(0), 1)
 
     def dtype(self, index: int) -> str:
         value = self.value(index)

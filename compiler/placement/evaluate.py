@@ -99,7 +99,6 @@ class Evaluation:
     period_s: float  # that, and a flushing schedule's share of bubbles
     stages: tuple[StageNumbers, ...]
     links: tuple[LinkLoad, ...]
-    crossing_bytes: int  # sent between stages per microbatch of one replica
     sent_bytes: float  # by all ranks per microbatch of one replica, updates' share included
     problems: tuple[str, ...]
 
@@ -124,14 +123,13 @@ def evaluate(
         max(stage.compute_s for stage in stages),
         max((link.seconds for link in links), default=0.0),
     )
-    crossing = sum(flows.tensors.values())
+    sent = (sum(flows.tensors.values()), *flows.exchange.values(), *flows.ring)
     return Evaluation(
         busiest_s=busiest,
         period_s=busiest * instance.bubble(shape.depth),
         stages=stages,
         links=links,
-        crossing_bytes=crossing,
-        sent_bytes=math.fsum((crossing, *flows.exchange.values(), *flows.ring)),
+        sent_bytes=math.fsum(sent),
         problems=_problems(instance, shape, stage_of, stages),
     )
 

@@ -75,7 +75,6 @@ def solve_fixed(
     depth: int,
     width: int = 1,
     *,
-    recompute: Recompute = "auto",
     limits: Limits | None = None,
 ) -> Placement:
     """The best placement of one shape at the problem's own microbatch size."""
@@ -83,6 +82,5 @@ def solve_fixed(
         {problem.microbatch: problem},
         depths=(depth,),
         widths=(width,),
-        recompute=recompute,
         limits=limits,
     )
