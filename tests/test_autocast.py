@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from test_runtime_compiled import differing
 
 from p2bw.compiler.driver import compile_model
@@ -12,6 +11,8 @@ from p2bw.compiler.verify import verify
 from p2bw.contract.errors import UsageError
 from p2bw.contract.job import Job
 from p2bw.runtime.local import train_in_threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = """
 import torch
@@ -62,15 +63,6 @@ def optimizer(params):
 OUTER = MODEL.replace("dtype=torch.bfloat16, enabled=self.casts", "enabled=False").replace(
     "with torch.autocast(words.device.type, enabled=False):", "if True:"
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("depth", [2, 3])

@@ -1,7 +1,7 @@
 """Runs that go on from a checkpoint: to the bit as if they had never ended, or in another plan."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -31,6 +31,8 @@ from p2bw.runtime.local import train_in_threads
 from p2bw.runtime.prepare import prepare
 from p2bw.runtime.worker import Events, Update
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = '''
 
 def data(batch_size, seed):
@@ -38,15 +40,6 @@ def data(batch_size, seed):
     while True:
         yield inputs(batch_size), targets(batch_size)
 '''
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

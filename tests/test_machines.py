@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from handmade import write_artifact
 from processes import alive, children, saved_states, wait_until
 from test_runtime import differences
@@ -19,17 +18,10 @@ from test_runtime import differences
 from p2bw.contract.job import Job
 from p2bw.runtime.local import Trained
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Torchrun = subprocess.Popen[str]
 ADDRESSES = ("10.77.83.1", "10.77.83.2")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ip(*arguments: str, check: bool = True) -> None:

@@ -1,6 +1,5 @@
 """What a stage really keeps in memory, against what its plan counts."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,7 @@ from p2bw.contract.job import Job
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.local import Trained, train_in_threads
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_and_measure(

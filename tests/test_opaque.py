@@ -21,6 +21,8 @@ from p2bw.passes.annotate_cost import annotate_cost
 from p2bw.passes.group_blocks import group_blocks
 from p2bw.runtime.local import train_in_threads
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEAD = """
 import torch
 import torch.nn.functional as F
@@ -57,14 +59,6 @@ class Net(nn.Module):
 
 
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

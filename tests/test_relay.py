@@ -1,7 +1,7 @@
 """Tensors that every stage on their way passes on: the code, its gradients, and its training."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from p2bw.contract.job import Job
 from p2bw.contract.plan import read_plan
 from p2bw.contract.schedule import Pipeline
 from p2bw.runtime.local import train_in_threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # `stem` is read in every stage, twice.
 ECHO = """\
@@ -73,15 +75,6 @@ def inputs(batch_size):
 
 Choice = Callable[[list[int]], list[int]]  # edges that skip stages -> those relayed
 Compile = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def with_relays(problem: PlacementProblem, placement: Placement, choice: Choice) -> Placement:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,9 @@ from p2bw.runtime.local import LocalTransport, Trained, train_in_threads
 from p2bw.runtime.weights import Updater, Weights
 from p2bw.runtime.worker import Events, LossError, Start, Update, Worker
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def reference_of(job: Job, kind: type[Reference] = Reference) -> Reference:

@@ -1,7 +1,7 @@
 """Artifacts of the compiler, trained by the runtime, against the original program's graph."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,7 @@ from p2bw.modelfile.load import flatten_microbatch
 from p2bw.passes import pipeline, run_passes
 from p2bw.runtime.local import Trained, train_in_threads
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Whole(nn.Module):

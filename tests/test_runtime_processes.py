@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ from p2bw.runtime.local import Trained
 from p2bw.runtime.prepare import prepare
 from p2bw.runtime.worker import LossError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(d, w, m) for d, w in ((2, 1), (3, 1), (4, 1), (2, 2)) for m in (d, d + 1, 2 * d)]
 EVERY = [("2bw", *shape, name) for shape in SHAPES for name in ("sgd", "adamw")] + [
     (kind, *shape, name)
@@ -33,15 +34,6 @@ EVERY = [("2bw", *shape, name) for shape in SHAPES for name in ("sgd", "adamw")]
     for name in ("sgd", "adamw")
 ]
 SOME = EVERY[0:24:5] + EVERY[24::5]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: with more, kernels may add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
