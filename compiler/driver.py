@@ -181,12 +181,12 @@ def plan_model(
     shared: Shared,
     topology: Topology,
     *,
-    schedule: str = "2bw",
-    batch: int | None = None,
-    microbatch: int | None = None,
-    recompute: str = "auto",
-    gap: str = DEFAULT_GAP,
-    progress: Callable[[str], None] = lambda message: None,
+    schedule: str,
+    batch: int | None,
+    microbatch: int | None,
+    recompute: str,
+    gap: str,
+    progress: Callable[[str], None],
 ) -> Plan:
     """The plan that `compile_model` would write for the topology.
 

@@ -119,9 +119,8 @@ class _Stage:
         self.in_flight: dict[int, int] = {}  # microbatch -> version of its forward
         self.users: Counter[int] = Counter()  # version -> how many of these
         first = pipe.first
-        self.done: dict[Kind, int] = defaultdict(
-            lambda: first
-        )  # kind -> the next batch, or microbatch, to do it
+        # By kind: the next batch, or microbatch, to do it.
+        self.done: dict[Kind, int] = defaultdict(lambda: first)
         self.done |= {kind: first * pipe.microbatches for kind in (Kind.FORWARD, Kind.BACKWARD)}
         self.peak = self.sets = 0
         self.versions = 1

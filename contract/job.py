@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-FLAGS = {"timeout_s": "--timeout"}  # those whose flag is not the field's own name
+_FLAGS = {"timeout_s": "--timeout"}  # those whose flag is not the field's own name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def arguments(job: Job, options: Options) -> list[str]:
         for name, value in (asdict(job) | asdict(options)).items()
         if value != default[name] and value is not True
     }
-    flags = {FLAGS.get(name, "--" + name.replace("_", "-")): v for name, v in given.items()}
+    flags = {_FLAGS.get(name, "--" + name.replace("_", "-")): v for name, v in given.items()}
     return [
         *("-m", "p2bw.runtime", str(job.artifact), "--steps", str(job.steps)),
         *(str(part) for flag in flags.items() for part in flag),
@@ -66,29 +66,33 @@ def arguments(job: Job, options: Options) -> list[str]:
 
 def parse(description: str | None) -> tuple[Job, Options]:
     """The job and options of this process's command line, as `arguments` writes them."""
-    parser = argparse.ArgumentParser(prog="p2bw.runtime", description=description)
+    parser = argparse.ArgumentParser(
+        prog="p2bw.runtime",
+        description=description,
+        argument_default=argparse.SUPPRESS,  # those of Job and Options hold
+    )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--steps", type=int, required=True, help="weight updates")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--schedule", help="2bw, flush, gpipe or stash; the plan's by default")
     parser.add_argument("--microbatches", type=int, help="per update; the plan's by default")
     parser.add_argument("--model", type=Path, help="where the model file is now")
     parser.add_argument("--result", type=Path, metavar="FILE", help="write losses and speed")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--timeout", type=float, dest="timeout_s", metavar="S", default=120)
+    parser.add_argument("--timeout", type=float, dest="timeout_s", metavar="S")
     parser.add_argument("--threads", type=int, help="of each rank; torchrun's default is 1")
     parser.add_argument("--clip-norm", type=float, metavar="X", help="of a batch's gradients")
     parser.add_argument("--weights", type=Path, metavar="PATH", help="safetensors to start with")
-    parser.add_argument("--init", choices=["auto", "whole", "modules"], default="auto")
+    parser.add_argument("--init", choices=["auto", "whole", "modules"])
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where to keep checkpoints")
     parser.add_argument("--checkpoint-every", type=int, metavar="N", help="updates")
-    parser.add_argument("--keep", type=int, metavar="K", default=2, help="so many checkpoints")
+    parser.add_argument("--keep", type=int, metavar="K", help="so many checkpoints")
     parser.add_argument("--resume", metavar="last|DIR", help="go on from a checkpoint")
     parser.add_argument("--metrics", type=Path, metavar="FILE", help="a line of JSON per update")
     parser.add_argument("--tensorboard", type=Path, metavar="DIR")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="a Perfetto trace of the run")
     parser.add_argument("--quiet", action="store_true", help="no lines of progress")
-    given = parser.parse_args()
-    job = Job(**{field.name: getattr(given, field.name) for field in fields(Job)})
-    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
-    return job, options
+    given = vars(parser.parse_args())
+    of_job = {field.name for field in fields(Job)}
+    job = Job(**{name: value for name, value in given.items() if name in of_job})
+    return job, Options(**{name: value for name, value in given.items() if name not in of_job})

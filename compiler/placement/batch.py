@@ -16,7 +16,7 @@ def solve_batch(
     batch: int,
     recompute: Recompute,
     limits: Limits,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str], None],
 ) -> Placement:
     """The fastest of all (microbatch size, width) whose product divides `batch`.
 
