@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[str, str, dict]] = {
     "GPT-NeoX": ("causal", "gpt_neox", TEXT),
     "GPT-J": ("causal", "gptj", GPT | {"rotary_dim": 4}),
     "Llama": ("causal", "llama", LLAMA),
+    "Llama, no mask": ("plain", "llama", LLAMA),
     "Mistral": ("causal", "mistral", LLAMA | HEADS8 | {"sliding_window": 8}),
     "Qwen2": ("causal", "qwen2", LLAMA),
     "Qwen3": ("causal", "qwen3", LLAMA | HEADS8),
@@ -263,6 +264,7 @@ KINDS: dict[str, tuple[str, str, dict]] = {
 }
 MAKERS = {
     "causal": hf.AutoModelForCausalLM,
+    "plain": hf.AutoModelForCausalLM,
     "masked": hf.AutoModelForMaskedLM,
     "seq2seq": hf.AutoModelForSeq2SeqLM,
     "speech": hf.AutoModelForSpeechSeq2Seq,
@@ -278,7 +280,7 @@ def model(kind: str) -> nn.Module:
     global task, config
     task, name, settings = KINDS[kind]
     config = hf.AutoConfig.for_model(name, **settings)
-    if task in ("causal", "seq2seq", "speech"):
+    if task in ("causal", "plain", "seq2seq", "speech"):
         config.use_cache = False
     if task == "audio":
         return hf.AutoModelForAudioClassification.from_config(config)
@@ -298,6 +300,12 @@ def causal(batch_size: int) -> dict[str, Tensor]:
 
 
 masked = causal
+
+
+def plain(batch_size: int) -> dict[str, Tensor]:
+    """As for training on text that fills every sequence: nothing is padding."""
+    tokens = torch.randint(VOCABULARY, (batch_size, TOKENS))
+    return {"input_ids": tokens, "labels": tokens.clone()}
 
 
 def seq2seq(batch_size: int) -> dict[str, Tensor]:
