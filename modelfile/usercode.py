@@ -50,7 +50,7 @@ class UserCode:
     def owns(self, file: str) -> bool:
         return (
             file.startswith(self.directory + os.sep)
-            and not _is_installed(file)
+            and not is_installed(file)
             and not file.startswith(_NOT_THE_USERS)
         )
 
@@ -60,7 +60,7 @@ class UserCode:
             return Line(file, number, Path(os.path.relpath(file, self.directory)).as_posix())
         if file.startswith((*_NOT_THE_USERS, "<")):
             return None
-        if file.startswith(_STDLIB + os.sep) and not _is_installed(file):
+        if file.startswith(_STDLIB + os.sep) and not is_installed(file):
             return None
         return Line(file, number, os.path.basename(file))
 
@@ -108,7 +108,8 @@ def _gist(error: BaseException) -> str:
     return " ".join(f"{first} {rest}".split()) if goes_on else first
 
 
-def _is_installed(file: str) -> bool:
+def is_installed(file: str) -> bool:
+    """Whether a file is of a package that was installed."""
     return "site-packages" in file or "dist-packages" in file
 
 

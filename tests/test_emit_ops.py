@@ -265,3 +265,51 @@ def test_idioms_come_back_as_they_were_written(tmp_path: Path) -> None:
 def test_every_operator_computes_the_same(seed: int | None, tmp_path: Path) -> None:
     file, program = program_of(model_of(listed(OTHERS), tmp_path / "model.py"), "model")
     compare(file, program, cut(program, 3, seed))
+
+
+STORES = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x, n):
+        y = self.inner(x)
+        z = torch.zeros_like(y)
+        z[:, 1:] = y[:, :-1].clone()
+        z[:, 0] = 3.0
+        z[0] = y.sum()
+        z[n] = 2.0
+        named = z[:, 4]
+        named.copy_(y[:, 0])
+        copy = z[n]
+        copy[1:] = 1.5
+        least = torch.finfo(torch.float32).min
+        return (z + torch.where(y > 0, y, least).clamp(-1, 1)).sum() + named.sum() + copy.sum()
+
+
+def model():
+    return Model()
+
+
+def inputs(batch_size):
+    return torch.rand(4, 6), torch.tensor([0, 2])
+"""
+
+
+def test_writes_into_slices_are_assignments(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(STORES)
+    file, program = program_of(path, "model")
+    (text,) = compare(file, program, cut(program, 1))
+    for line in ("[:, 0] = 3.0", "[1:] = 1.5", "torch.finfo(torch.float32).min)"):
+        assert line in text, line
+    assert re.search(r"\[:, 1:\] = \w+\[:, :-1\]\.clone\(\)", text)
+    assert re.search(r"\[0\] = \w+\.sum\(\)", text)
+    assert "torch.tensor(3" not in text  # the number is in the line that writes it
+    for seed in (None, 0):
+        compare(file, program, cut(program, 3, seed))

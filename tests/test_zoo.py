@@ -140,6 +140,12 @@ def summary(found: list[Row]) -> str:
 def test_models_of_others_are_exact(name: str, tmp_path: Path) -> None:
     row = judge(name, "", ZOO, tmp_path / "a", settings={"kind": name})
     assert row.status == "bitwise", row
+    stages = [path.read_text() for path in (tmp_path / "a" / "stages").iterdir()]
+    for text in stages:  # each stands alone
+        library = "import transformers.integrations.moe"
+        assert ("torch.ops.transformers" in text) == (library in text)
+        assert ("Imports only torch" in text) == (library not in text)
+    assert any("torch.ops.transformers" in text for text in stages) == (name == "Mixtral")
 
 
 def test_a_detector_is_exact_around_its_matching_loss(tmp_path: Path) -> None:

@@ -8,7 +8,19 @@ from torch import fx
 
 from p2bw.compiler.emit import opaque
 from p2bw.compiler.emit.attributes import Attributes, below, literal
-from p2bw.compiler.emit.expr import Attr, Call, Device, Node, Own, Raw, Ref, Seq, call, rebuild
+from p2bw.compiler.emit.expr import (
+    Attr,
+    Call,
+    Device,
+    Node,
+    Own,
+    Raw,
+    Ref,
+    Seq,
+    Store,
+    call,
+    rebuild,
+)
 from p2bw.compiler.emit.hints import base_name, call_name, is_float, name_queries, unpacked_names
 from p2bw.compiler.emit.idioms import augmented, render
 from p2bw.compiler.emit.leaf import BUFFERS, Leaf, Match
@@ -130,6 +142,8 @@ class Builder:
             constant = self.program.constants[str(op["self"].target)]
             dtype = Raw(repr(constant.dtype))
             expr: Node = call("torch.tensor", literal(constant), dtype=dtype, device=Device())
+        elif self.layout.is_store(node):
+            expr = self._store(op)
         else:
             expr = render(op)
         statement = Statement(
@@ -153,6 +167,12 @@ class Builder:
             return  # nothing uses it and it does nothing
         frame.body.statements.append(statement)
 
+    def _store(self, op: Op) -> Node:
+        """A write into a slice of a tensor, of which only the tensor is used again."""
+        number = self.layout.number_stored(op.node)
+        value = op.literal(op.node.args[1] if number is None else number)
+        return Store(op.expr("self"), value, op.name.partition(".")[0])
+
     def _is_idle(self, node: fx.Node) -> bool:
         facts = self.program.facts[node.name]
         return facts.mutates == () and facts.random_calls == 0
@@ -164,7 +184,7 @@ class Builder:
         for index in range(count):
             part = parts.get(index)
             used = part is not None and self.layout.last_use.get(part, -1) >= 0
-            name = names[index] if index < len(names) else f"{names[0]}_{index}"
+            name = names[index] if index < len(names) else names[0]
             targets.append(self._target(frame, part, name) if part is not None and used else None)
         statement.targets = tuple(targets)
         statement.forced = True

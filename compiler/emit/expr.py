@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
+import torch
+
 WIDTH = 100
 
 
@@ -83,6 +85,15 @@ class Index(Node):
 
 
 @dataclass(frozen=True, slots=True)
+class Store(Node):
+    """A statement, x[:, 1:] = value; or x.copy_(value), where the place has a name of its own."""
+
+    place: Node  # some slice of a tensor, or its name
+    value: Node
+    method: str  # "copy_" or "fill_"
+
+
+@dataclass(frozen=True, slots=True)
 class Seq(Node):
     """A tuple "()" or a list "[]"."""
 
@@ -130,6 +141,8 @@ def children(node: Node) -> tuple[Node, ...]:
             return (operand,)
         case Index(base, items):
             return (base, *items)
+        case Store(place, value, _):
+            return (value, place)
         case Seq(_, items):
             return items
         case Dict(pairs):
@@ -166,6 +179,9 @@ def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
         case Index(base, items):
             base = rebuild(base, change)
             node = Index(base, tuple(rebuild(item, change) for item in items))
+        case Store(place, value, name):
+            value = rebuild(value, change)
+            node = Store(rebuild(place, change), value, name)
         case Seq(brackets, items):
             node = Seq(brackets, tuple(rebuild(item, change) for item in items))
         case Dict(pairs):
@@ -173,11 +189,21 @@ def rebuild(node: Node, change: Callable[[Node], Node]) -> Node:
     return change(node)
 
 
+# What masks put where nobody is to look.
+_LIMITS = {
+    getattr(torch.finfo(dtype), end): f"torch.finfo({dtype}).{end}"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for end in ("min", "max")
+}
+
+
 def number(value: int | float | str) -> str:
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
+    if isinstance(value, float) and value in _LIMITS:
+        return _LIMITS[value]
     return repr(value).replace("e+", "e")
 
 
@@ -205,8 +231,8 @@ def _strength(node: Node) -> int:
             return _BINARY[op]
         case Unary(_, _):
             return _UNARY
-        case Num(int() | float() as value, _) if value < 0 or value != value:
-            return _UNARY if math.isfinite(value) or value < 0 else _ATOM
+        case Num(int() | float() as value, _) if number(value).startswith("-"):
+            return _UNARY
         case Raw(text) if text.startswith("-"):
             return _UNARY
     return _ATOM
@@ -229,6 +255,8 @@ def flat(node: Node) -> str:
             return op + _operand(operand, _UNARY)
         case Index(base, items):
             return f"{_operand(base, _ATOM)}[{', '.join(map(flat, items))}]"
+        case Store():
+            return "".join(_store(node))
         case Dict(pairs):
             inside = (f"{key}: {flat(value)}" if key else flat(value) for key, value in pairs)
             return f"{{{', '.join(inside)}}}"
@@ -257,6 +285,13 @@ def _binary(node: Binary) -> str:
     return f"{left} {node.op} {_operand(node.right, strength + 1)}"
 
 
+def _store(node: Store) -> tuple[str, str, str]:
+    """What stands before the value, the value, and what stands behind it."""
+    if isinstance(node.place, Index):
+        return f"{flat(node.place)} = ", flat(node.value), ""
+    return f"{_operand(node.place, _ATOM)}.{node.method}(", flat(node.value), ")"
+
+
 def _simple(node: Node) -> bool:
     """Whether `ruff format` hugs ** around this operand: a name, a dotted name, a number."""
     match node:
@@ -283,6 +318,8 @@ def lay_out(prefix: str, node: Node, indent: int) -> list[str]:
     if len(line) <= WIDTH:
         return [line]
     match node:
+        case Store(Index(), value, _):
+            return lay_out(prefix + _store(node)[0], value, indent)
         case Call(func, args, kwargs) if args or kwargs:
             opening, closing = f"{_operand(func, _ATOM)}(", ")"
             items = [("", arg) for arg in args] + [(f"{name}=", v) for name, v in kwargs]

@@ -101,7 +101,7 @@ def stage_header(plan: Plan, index: int, names: Mapping[str, str]) -> StageHeade
     )
 
 
-def format_header(header: StageHeader) -> str:
+def format_header(header: StageHeader, libraries: Collection[str] = ()) -> str:
     """The docstring's text, without its quotes."""
     total = sum(amount for _, amount in header.memory)
     busy = header.forward_s + header.backward_s + header.recompute_s
@@ -124,7 +124,10 @@ def format_header(header: StageHeader) -> str:
     wires = [line for wire in header.receives for line in _wire("receives", wire, "from")]
     wires += [line for wire in header.sends for line in _wire("sends", wire, "to")]
     opaque = [*_opaque(header)]
-    needs = "Imports torch, and p2bw for your own modules" if opaque else "Imports only torch"
+    packages = dict.fromkeys(library.partition(".")[0] for library in libraries)
+    needs = f"Imports {' and '.join(('torch', *packages))}" if packages else "Imports only torch"
+    if opaque:
+        needs = f"Imports {', '.join(('torch', *packages))}, and p2bw for your own modules"
     needs += "; yours to change."
     lines = [*_title(header), "", *table, "", *opaque, *([""] if opaque else []), *wires]
     lines += [

@@ -64,7 +64,11 @@ def base_name(op: Op, expr: Node, body: Body) -> str:
         operands = [body.values[i] for i in refs(expr) if 0 <= i < body.arguments]
         same = [value.hint for value in operands if value.type == out]
         return same[0] if same else "x"
-    return inherited(expr, body, out)
+    name = inherited(expr, body, out)
+    return "index" if name in _AXES and name != _axis(out) else name
+
+
+_AXES = ("batch", "heads", "rows", "columns")
 
 
 def _axis(kind: TensorType) -> str:
@@ -72,7 +76,7 @@ def _axis(kind: TensorType) -> str:
     long = [axis for axis, size in enumerate(kind.shape) if size != 1]
     if len(kind.shape) != 4 or len(long) != 1:
         return ""
-    return ("batch", "heads", "rows", "columns")[long[0]]
+    return _AXES[long[0]]
 
 
 def inherited(expr: Node, body: Body, out: TensorType | None) -> str:
@@ -114,7 +118,7 @@ def call_name(
             return value.hint
     if numbered:
         return "x"
-    return last.lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", last).lower()
 
 
 def unpacked_names(op: Op, expr: Node, body: Body) -> list[str]:

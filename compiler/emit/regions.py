@@ -10,11 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx
 
 from p2bw.compiler.emit.identity import mutated, returned_argument
 from p2bw.compiler.program import Program, Scope, TensorType, tensor_arguments
 from p2bw.compiler.split import StageGraph
+
+_aten = torch.ops.aten
+_SLICES = (_aten.slice.Tensor, _aten.select.int)
+_STORES = (_aten.copy_.default, _aten.fill_.Scalar, _aten.fill_.Tensor)
 
 
 @dataclass(slots=True)
@@ -161,7 +166,24 @@ class Layout:
 
     def reads(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The values that a node needs, as they are known in the stage."""
+        if self.number_stored(node) is not None:
+            return (self.resolve(tensor_arguments(node)[0]),)
         return tuple(self.resolve(argument) for argument in tensor_arguments(node))
+
+    def is_store(self, node: fx.Node) -> bool:
+        """Whether it writes into a part of a tensor, as x[:, 0] = y does."""
+        part = node.args[0] if node.target in _STORES and not node.users else None
+        return isinstance(part, fx.Node) and part.target in _SLICES
+
+    def number_stored(self, node: fx.Node) -> float | None:
+        """The number that x[:, 0] = 3 writes; the graph has it as a constant tensor."""
+        value = node.args[1] if self.is_store(node) else None
+        if not isinstance(value, fx.Node):
+            return None
+        constant = self.program.constants.get(str(value.target))
+        if constant is None or constant.dim() or constant.is_complex():
+            return None
+        return constant.item()
 
     def outputs(self, region: Region) -> list[fx.Node]:
         """Values made in the region that something after it uses, in program order."""

@@ -1,6 +1,11 @@
 """The text of stages/stage_K.py."""
 
 import ast
+import sys
+from collections.abc import Collection
+
+from torch._library.custom_ops import OPDEFS
+from torch._ops import OpOverload
 
 from p2bw.compiler.emit.build import Builder
 from p2bw.compiler.emit.check import check
@@ -11,6 +16,7 @@ from p2bw.compiler.emit.regions import lay_out_regions
 from p2bw.compiler.emit.render import Writer
 from p2bw.compiler.program import Program
 from p2bw.compiler.split import StageGraph
+from p2bw.modelfile.usercode import is_installed
 
 
 def emit_stage(
@@ -18,7 +24,8 @@ def emit_stage(
 ) -> str:
     """Python source of one stage, which ends with `class Stage(nn.Module)`.
 
-    It imports torch alone, and where a module could not be traced, p2bw's way to it.
+    It imports torch alone; where a module could not be traced, p2bw's way to it; and the libraries
+    whose own operators it calls.
     """
     layout = lay_out_regions(program, stage)
     names = tensor_names(program)
@@ -36,23 +43,41 @@ def emit_stage(
         else:
             blocks.append("\n".join(writer.text()))
     code = "\n\n\n".join(blocks) + "\n"
-    text = f'"""Stage {stage.index} of {depth}."""\n\n{_imports(code)}\n\n\n{code}'
-    return titled(text, header) if header else _checked(text)
+    libraries = _libraries(program, stage)
+    text = f'"""Stage {stage.index} of {depth}."""\n\n{_imports(code, libraries)}\n\n\n{code}'
+    return titled(text, header) if header else _checked(text, libraries)
 
 
 def titled(text: str, header: str | StageHeader) -> str:
     """A stage's source with other words at its top."""
-    words = format_header(header) if isinstance(header, StageHeader) else header
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import)]
+    names = [alias.name for node in imports for alias in node.names]
+    libraries = [name for name in names if name.partition(".")[0] != "torch"]
+    words = format_header(header, libraries) if isinstance(header, StageHeader) else header
     _, _, code = text.partition('"""\n\n')
-    return _checked(f'"""{words}"""\n\n{code}')
+    return _checked(f'"""{words}"""\n\n{code}', libraries)
 
 
-def _checked(text: str) -> str:
-    check(text)
+def _checked(text: str, libraries: Collection[str]) -> str:
+    check(text, libraries)
     return text
 
 
-def _imports(code: str) -> str:
+def _libraries(program: Program, stage: StageGraph) -> list[str]:
+    """The installed modules that define operators which the stage calls, other than torch's."""
+    found = set()
+    for name in stage.nodes:
+        target = program.node(name).target
+        if isinstance(target, OpOverload) and (operator := OPDEFS.get(target._schema.name)):
+            module = operator._init_fn.__module__
+            file = str(getattr(sys.modules.get(module), "__file__", ""))
+            plain = all(part.isidentifier() for part in module.split("."))
+            if plain and is_installed(file) and not module.startswith("torch."):
+                found.add(module)
+    return sorted(found)
+
+
+def _imports(code: str, libraries: Collection[str]) -> str:
     """The imports that the code needs, as ruff sorts them."""
     used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     lines = []
@@ -62,6 +87,7 @@ def _imports(code: str) -> str:
         lines.append("import torch")
     if "F" in used:
         lines.append("import torch.nn.functional as F")
+    lines += [f"import {name}  # noqa: F401, its operators" for name in libraries]
     lines.append(f"from torch import {', '.join(n for n in ('Tensor', 'nn') if n in used)}")
     if "opaque" in used:
         lines += ["", "from p2bw import opaque"]

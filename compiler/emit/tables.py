@@ -215,21 +215,21 @@ FUNCTIONAL: dict[str, Signature] = {
 _METHODS = """
     abs acos acosh add addbmm addcdiv addcmul addmv addr all amax amin angle any argmax argmin
     argsort as_strided asin asinh atan atan2 atanh baddbmm bernoulli bincount bitwise_left_shift
-    bitwise_right_shift bmm ceil cholesky clamp clamp_max clamp_min clone conj contiguous
-    copy copysign cos cosh cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed
-    diagonal diff digamma div dot eq erf erfc erfinv exp exp2 expand expand_as expm1 exponential
-    fill fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac gather ge
-    gt heaviside hypot index_add index_copy index_fill index_put index_select inner inverse isclose
-    isfinite isinf isnan kthvalue ldexp le lerp lgamma log log10 log1p log2 logaddexp logaddexp2
-    logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill
-    masked_scatter masked_select matmul matrix_exp max maximum mean median min minimum mm mode
-    moveaxis movedim msort mul multinomial mv nan_to_num nanmean nansum narrow ne neg new_empty
-    new_full new_ones new_zeros nextafter nonzero normal not_equal permute pow prod put quantile
-    rad2deg random ravel reciprocal relu remainder renorm repeat repeat_interleave reshape
+    bitwise_right_shift bmm ceil cholesky clamp clamp_max clamp_min clone conj contiguous copy
+    copysign cos cosh cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagonal
+    diff digamma div dot eq erf erfc erfinv exp exp2 expand expand_as expm1 exponential fill fix
+    flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac gather ge gt
+    heaviside histc hypot index_add index_copy index_fill index_put index_select inner inverse
+    isclose isfinite isinf isnan kthvalue ldexp le lerp lgamma log log10 log1p log2 logaddexp
+    logaddexp2 logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lt
+    masked_fill masked_scatter masked_select matmul matrix_exp max maximum mean median min minimum
+    mm mode moveaxis movedim msort mul multinomial mv nan_to_num nanmean nansum narrow ne neg
+    new_empty new_full new_ones new_zeros nextafter nonzero normal not_equal permute pow prod put
+    quantile rad2deg random ravel reciprocal relu remainder renorm repeat repeat_interleave reshape
     reshape_as roll rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sgn
     sigmoid sign sin sinc sinh slice_scatter softmax sort sqrt square squeeze std sub subtract sum
-    swapaxes swapdims t take take_along_dim tan tanh tensor_split tile topk trace transpose
-    tril triu true_divide trunc type_as unbind unflatten unfold uniform unsqueeze var vdot view
-    view_as vsplit hsplit xlogy zero
+    swapaxes swapdims t take take_along_dim tan tanh tensor_split tile topk trace transpose tril
+    triu true_divide trunc type_as unbind unflatten unfold uniform unsqueeze var vdot view view_as
+    vsplit hsplit xlogy zero
 """
 METHODS = frozenset(_METHODS.split())

@@ -47,6 +47,6 @@ class Stage(nn.Module):
         bottom = self.bottom(bottom_4)  # f32[2, 8]
         x = torch.stack((bottom, tables_0, tables_1, tables_2, tables_3, tables_4, tables_5), dim=1)
         scores = x @ x.transpose(1, 2)  # f32[2, 7, 7]
-        index, index_1 = torch.tril_indices(7, 7, -1, device=clicked.device).unbind()
-        top = self.top(torch.cat((bottom, scores[:, index, index_1]), dim=1))  # f32[2, 16]
+        index, index2 = torch.tril_indices(7, 7, -1, device=clicked.device).unbind()  # i64[21] each
+        top = self.top(torch.cat((bottom, scores[:, index, index2]), dim=1))  # f32[2, 16]
         return F.binary_cross_entropy_with_logits(self.score(top).squeeze(1), clicked)  # f32[]

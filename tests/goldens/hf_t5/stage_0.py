@@ -140,8 +140,8 @@ class T5LayerSelfAttention2(nn.Module):  # encoder.block.1.layer.0 (modeling_t5.
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor, relative_attention_bias: Tensor) -> Tensor:
-        selfattention = self.SelfAttention(self.layer_norm(x), relative_attention_bias)
-        return x + self.dropout(selfattention)
+        self_attention = self.SelfAttention(self.layer_norm(x), relative_attention_bias)
+        return x + self.dropout(self_attention)
 
 
 class T5Block2(nn.Module):  # encoder.block.1 (modeling_t5.py:65)
@@ -236,7 +236,6 @@ class T5StackHead(nn.Module):  # the beginning of decoder (modeling_t5.py:678)
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("constant_0", torch.tensor(0, dtype=torch.int64), persistent=False)
         self.encoder = T5Stack()
         self.decoder = T5StackHead()
         self.decoder.embed_tokens.weight = self.encoder.embed_tokens.weight
@@ -244,8 +243,6 @@ class Stage(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         encoder = self.encoder(input_ids)  # f32[2, 32, 32]
         zeros = labels.new_zeros(2, 8)  # i64[2, 8]
-        labels = labels[:, :-1].clone()  # i64[2, 7]
-        zeros2 = zeros[:, 1:]
-        zeros2.copy_(labels)
-        zeros[:, 0].fill_(self.constant_0)
+        zeros[:, 1:] = labels[:, :-1].clone()
+        zeros[:, 0] = 0
         return self.decoder(zeros.masked_fill_(zeros == -100, 0), encoder)

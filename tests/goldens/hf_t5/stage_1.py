@@ -54,7 +54,7 @@ class T5LayerSelfAttentionTail(nn.Module):
         positions = torch.arange(8, device=q.device).unsqueeze(1)  # i64[8, 1]
         mask = positions >= torch.arange(8, device=q.device).unsqueeze(0)  # bool[8, 8]
         mask = mask.view(1, 1, 8, 8)  # bool[1, 1, 8, 8]
-        x = torch.where(mask, relative_attention_bias, -3.4028234663852886e38)  # f32[1, 4, 8, 8]
+        x = torch.where(mask, relative_attention_bias, torch.finfo(torch.float32).min)
         x = x.contiguous()
         y = F.scaled_dot_product_attention(q2, k, v, attn_mask=x, dropout_p=0.1, scale=1.0)
         o = self.SelfAttention.o(y.transpose(1, 2).contiguous().reshape(2, 8, -1))  # f32[2, 8, 32]
@@ -144,7 +144,9 @@ class T5Attention(nn.Module):  # decoder.block.1.layer.0.SelfAttention (modeling
         positions = torch.arange(8, device=x.device).unsqueeze(1)  # i64[8, 1]
         mask = positions >= torch.arange(8, device=x.device).unsqueeze(0)  # bool[8, 8]
         mask = mask.view(1, 1, 8, 8)  # bool[1, 1, 8, 8]
-        relative_attention_bias = torch.where(mask, relative_attention_bias, -3.4028234663852886e38)
+        relative_attention_bias = torch.where(
+            mask, relative_attention_bias, torch.finfo(torch.float32).min
+        )  # f32[1, 4, 8, 8]
         relative_attention_bias = relative_attention_bias.contiguous()
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=relative_attention_bias, dropout_p=0.1, scale=1.0
@@ -160,8 +162,8 @@ class T5LayerSelfAttention(nn.Module):  # decoder.block.1.layer.0 (modeling_t5.p
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor, relative_attention_bias: Tensor) -> Tensor:
-        selfattention = self.SelfAttention(self.layer_norm(x), relative_attention_bias)
-        return x + self.dropout(selfattention)
+        self_attention = self.SelfAttention(self.layer_norm(x), relative_attention_bias)
+        return x + self.dropout(self_attention)
 
 
 # the beginning of decoder.block.1.layer.1 (modeling_t5.py:65)
