@@ -114,9 +114,7 @@ def test_a_diff_of_gpt(
     assert {"module": "head", "before": [1], "after": [2]} in found["moves"]
 
 
-def test_the_exit_code_tells_if_asked(
-    compiled: Callable[[str, int], Compiled], tmp_path: Path
-) -> None:
+def test_the_exit_code_tells_if_asked(compiled: Callable[[str, int], Compiled]) -> None:
     artifact = str(compiled("gpt", 2).artifact)
     done = CliRunner().invoke(app, ["diff", artifact, artifact, "--exit-code"])
     assert (done.exit_code, done.stdout) == (0, "the same plan and the same code\n")

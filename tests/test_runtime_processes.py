@@ -145,7 +145,7 @@ def test_plain_torchrun_says_what_is_wrong_once(tmp_path: Path) -> None:
     assert done.stderr.count("is a plan for 2 ranks, torchrun started 3") == 1
 
 
-def test_without_torchrun_its_line_is_given(tmp_path: Path) -> None:
+def test_without_torchrun_its_line_is_given() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "p2bw.runtime", "artifact", "--steps", "3"],
         capture_output=True,

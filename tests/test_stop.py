@@ -138,7 +138,7 @@ def test_ctrl_c_before_the_search_ends_at_once(tmp_path):
     assert not (tmp_path / "build").exists()
 
 
-def test_a_second_ctrl_c_aborts(tmp_path):
+def test_a_second_ctrl_c_aborts():
     """A search that does not come to its end by itself, and the command line around it."""
     script = (
         "import time\n"
