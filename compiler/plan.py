@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from p2bw.contract import plan as contract
 from p2bw.contract.errors import InputFileError
+
+if TYPE_CHECKING:
+    from p2bw.contract import plan as contract
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(ge=0)]
@@ -169,9 +171,11 @@ class Plan(Data):
         left_out = {name for name in ("constraints", "opaque", "notes") if not getattr(self, name)}
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)
 
-    def for_runtime(self) -> contract.Plan:
+    def for_runtime(self) -> "contract.Plan":
         """What the runtime, and the schedules that it performs, know of it."""
-        return contract.plan_from(self.model_dump(mode="json", by_alias=True))
+        from p2bw.contract.plan import plan_from  # it needs torch, which plans do not
+
+        return plan_from(self.model_dump(mode="json", by_alias=True))
 
     def to_json(self) -> str:
         return json.dumps(self.to_data(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

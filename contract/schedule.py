@@ -8,9 +8,12 @@ receives posted. The worker only interprets it; `check` proves it before any ran
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from p2bw.contract.errors import UsageError
-from p2bw.contract.plan import Plan
+
+if TYPE_CHECKING:
+    from p2bw.contract.plan import Plan  # which needs torch, and schedules do not
 
 SCHEDULES = ("2bw", "flush", "gpipe", "stash")
 
@@ -155,7 +158,7 @@ def updates_late(schedule: str, *, replicated: bool, clipped: bool) -> bool:
 
 
 def make_pipeline(
-    plan: Plan,
+    plan: "Plan",
     *,
     batches: int,
     first: int = 0,
@@ -214,7 +217,7 @@ def most_extra(schedule: str, depth: int, microbatches: int, late: bool) -> int:
     return microbatches - depth + (0 if late else 1)
 
 
-def channels(plan: Plan, *, clipped: bool = False) -> tuple[Channel, ...]:
+def channels(plan: "Plan", *, clipped: bool = False) -> tuple[Channel, ...]:
     """Every channel of a plan, the same tuple on every rank."""
     found = []
     for stage in plan.stages:
