@@ -1,11 +1,15 @@
 """One rank by itself: the runtime's own worker, with nobody at the other ends."""
 
+import gc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 
 from p2bw.compiler.simulation.job import StageTimes
 from p2bw.contract.errors import ModelError
@@ -63,9 +67,18 @@ class _Posted:
         return self.tensor
 
 
+@dataclass(slots=True)
 class _Summed:
+    """Small tensors travel together: copied into one before the sum, and back after it."""
+
+    together: list[tuple[Tensor, list[Tensor]]]
+
     def wait(self) -> None:
-        pass
+        for flat, parts in self.together:
+            sums = torch.split(flat, [part.numel() for part in parts])
+            for part, total in zip(parts, sums, strict=True):
+                part.copy_(total.view_as(part))
+        self.together.clear()
 
 
 @dataclass(slots=True)
@@ -100,7 +113,12 @@ class Alone:
             return _Posted(buffer.normal_(std=scale))
 
     def reduce(self, tensors: Sequence[Tensor]) -> _Summed:
-        return _Summed()
+        small: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.nbytes < 1 << 20 or not tensor.is_contiguous():
+                small.setdefault(tensor.dtype, []).append(tensor)
+        flat = [torch.cat([tensor.reshape(-1) for tensor in some]) for some in small.values()]
+        return _Summed(list(zip(flat, small.values(), strict=True)))
 
     def finish(self) -> None:
         self.sending.clear()
@@ -125,3 +143,16 @@ def train_alone(
     worker = Worker(prepared, rank, module, device, transport, events or Events())
     worker.run()
     worker.clock.busy_s()  # on a GPU: until it has done all this, and has told
+
+
+def peak_on_cpu(prepared: Prepared, stage: int) -> int:
+    """The most bytes of tensors that a stage ever holds, by the reports of torch's CPU allocator,
+    which tells of every block. They cost time.
+    """
+    gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells on stderr when it starts and stops
+    with profile(use_kineto=True, profile_memory=True) as profiler:
+        train_alone(prepared, stage, torch.device("cpu"))
+    events = profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes), default=0)

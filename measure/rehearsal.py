@@ -1,21 +1,19 @@
 """rehearse: every stage of a plan in turn on the one device at hand, against what was predicted."""
 
 import gc
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.profiler import profile
 
 from p2bw.compiler.plan import Plan, read_plan
 from p2bw.compiler.simulation.job import StageTimes, times_of_stages
 from p2bw.compiler.simulation.simulate import simulate
 from p2bw.contract.errors import ResourceError, UsageError
 from p2bw.contract.job import Job
-from p2bw.measure.alone import Spans, stage_times, train_alone
+from p2bw.measure.alone import Spans, peak_on_cpu, stage_times, train_alone
 from p2bw.measure.device import choose_device, device_name, using_threads
 from p2bw.runtime.prepare import Prepared, prepare
 
@@ -140,7 +138,8 @@ def _rehearsed(
             peak = torch.cuda.max_memory_allocated(device)
         else:
             train_alone(prepared, stage, device, spans)
-            peak = _peak_on_cpu(prepared, stage, device)
+            short = prepare(replace(prepared.job, steps=_PEAK_BATCHES))
+            peak = peak_on_cpu(short, stage)
     except torch.OutOfMemoryError as error:
         memory = plan.stages[stage].memory
         raise ResourceError(
@@ -154,23 +153,6 @@ def _forget(device: torch.device) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_on_cpu(prepared: Prepared, stage: int, device: torch.device) -> int:
-    """By the reports of torch's CPU allocator, which tells of every block; they cost time."""
-    job = prepared.job
-    short = prepare(Job(artifact=job.artifact, steps=_PEAK_BATCHES, init=job.init, model=job.model))
-    gc.collect()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells on stderr when it starts and stops
-    with profile(use_kineto=True, profile_memory=True) as profiler:
-        train_alone(short, stage, device)
-    events = profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = most = 0
-    for _, size in changes:
-        live += size
-        most = max(most, live)
-    return most
 
 
 def _compared(
