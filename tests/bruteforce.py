@@ -123,6 +123,9 @@ class _Costs:
     def __init__(self, problem, stages, depth, width, relayed):
         self.problem, self.depth, self.width = problem, depth, width
         self.m = problem.microbatches or depth
+        # An update takes as long as so many microbatches: a pipeline that drains fills up again.
+        self.drains = problem.schedule in ("flush", "gpipe")
+        self.slots = self.m + (depth - 1) * self.drains
         self.network = Network(problem.topology)
         self.number = {block.name: i for i, block in enumerate(problem.blocks)}
         self.here = [stages == k for k in range(depth)]
@@ -172,7 +175,7 @@ class _Costs:
                 between = [(k + i) % self.depth for i in range(1, step)]
                 follows = holds[k] & holds[peer] & ~holds[between].any(axis=0)
                 share = np.where(
-                    count > 1, ring(parameter.gradient_bytes, np.maximum(count, 1), self.m), 0
+                    count > 1, ring(parameter.gradient_bytes, np.maximum(count, 1), self.slots), 0
                 )
                 self.flows[k, peer] += follows * share
         return holds
@@ -205,15 +208,40 @@ class _Costs:
             return total + flight * self.inputs[k] + stash
         return total + flight * (stash + self.saved[k])
 
-    def seconds(self, k, again, kind):
+    def seconds(self, k, again, kind, ranks):
         def of(block):
             times = block.on.get(kind, block)
             return times.forward_s * (1 + again) + times.backward_s
 
-        total = self._sum(k, [of(block) for block in self.problem.blocks])
-        for p in self.problem.parameters:
-            total = total + self.holds[p.name][k] * p.on.get(kind, p.update_s) / self.m
-        return total
+        work = self._sum(k, [of(block) for block in self.problem.blocks])
+        update = sum(
+            self.holds[p.name][k] * p.on.get(kind, p.update_s) for p in self.problem.parameters
+        )
+        own = work if self.drains else work + update / self.m
+        ahead, extra = self.depth - 1 - k, min(1, self.m - self.depth)
+        if self.drains:
+            # From a stage's last backward on: the sum over its replicas, and its update. Stage k
+            # did its last backward k microbatches before the first stage, which begins the next.
+            between = self.slots - k
+        elif self.width > 1 and self.problem.schedule == "stash":
+            between = self.m  # the next batch waits
+        elif self.width > 1 and ahead:
+            # A batch begins while so many of the one before it are in flight: that one's sum begins
+            # after them, and they after the update with the sum before.
+            between = ahead + extra
+        else:
+            return own
+        wait = update + self._ring_s(k, ranks)
+        return np.maximum(own, (between * work + wait) / self.slots)
+
+    def _ring_s(self, k, ranks):
+        """Each replica sends its part to the next, and these ports carry nothing else."""
+        hops = defaultdict(int)
+        for r in range(self.width):
+            for port in self.network.route(ranks[r], ranks[(r + 1) % self.width]):
+                hops[port] += 1
+        slowest = max((n / self.network.bandwidth(port) for port, n in hops.items()), default=0)
+        return ring(self.gradients[k], self.width, 1) * slowest
 
     def period(self, ranks, policy):
         devices = self.problem.topology.devices
@@ -224,14 +252,12 @@ class _Costs:
             kinds = {devices[r].name for r in own}
             best = np.inf
             for again in choices:
-                busy = np.maximum.reduce([self.seconds(k, again, kind) for kind in kinds])
+                busy = np.maximum.reduce([self.seconds(k, again, kind, own) for kind in kinds])
                 best = np.minimum(best, np.where(self.memory(k, again) <= room, busy, np.inf))
             worst = np.maximum(worst, best)
         for load in self._links(ranks):
             worst = np.maximum(worst, load)
-        if self.problem.schedule in ("flush", "gpipe"):
-            worst = worst * (self.m + self.depth - 1) / self.m
-        return worst
+        return worst * self.slots / self.m
 
     def _links(self, ranks):
         loads = defaultdict(float)
@@ -240,7 +266,7 @@ class _Costs:
                 for port in self.network.route(ranks[j][r], ranks[k][r]):
                     loads[port] = loads[port] + size
             for k, own in enumerate(ranks):
-                share = ring(self.gradients[k], self.width, self.m)
+                share = ring(self.gradients[k], self.width, self.slots)
                 for port in self.network.route(own[r], own[(r + 1) % self.width]):
                     loads[port] = loads[port] + share
         return [load / self.network.bandwidth(port) for port, load in loads.items()]

@@ -181,6 +181,39 @@ def test_replicas_all_reduce_once_per_update():
     assert placement.samples_per_s == pytest.approx(3 / 3.0)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "block", "batch_s"),
+    [
+        ("flush", "b0", 5 * 3.0 + 0.9 + 0.5),  # all in the way: five slots, the sum, the update
+        ("flush", "b1", 5 * 3.0),  # the first stage's backward and forward take longer
+        ("gpipe", "b0", 5 * 3.0 + 0.9 + 0.5),
+        ("2bw", "b0", 4 * 3.0 + 0.5),  # the sum takes less time than the next batch's
+        ("2bw", "b1", 4 * 3.0 + 0.5),
+        ("stash", "b0", 4 * 3.0 + 0.9 + 0.5),  # the next batch waits for it
+    ],
+)
+def test_what_an_update_takes_with_the_sum_over_replicas(schedule, block, batch_s):
+    weights = ParameterCost(
+        name="w", bytes=8, gradient_bytes=900, optimizer_bytes=8, update_s=0.5, blocks=(block,)
+    )
+    problem = chain(
+        [1.0, 1.0], gpus=4, parameters=(weights,), schedule=schedule, microbatches=4, bytes=0
+    )
+    assert solve_fixed(problem, 2, 2).period_s == pytest.approx(batch_s / 4)
+
+
+def test_a_sum_longer_than_the_next_batch_holds_up_2bw():
+    """The next batch's sum cannot begin before the microbatches in flight have ended."""
+    weights = ParameterCost(
+        name="w", bytes=8, gradient_bytes=9000, optimizer_bytes=8, blocks=("b0",)
+    )
+    problem = chain([1.0, 1.0], gpus=4, parameters=(weights,), microbatches=4, bytes=0)
+    # One is in flight behind the first stage, and one was taken on early.
+    assert solve_fixed(problem, 2, 2).period_s == pytest.approx((9.0 + 2 * 3.0) / 4)
+    problem = problem.model_copy(update={"microbatches": 2})
+    assert solve_fixed(problem, 2, 2).period_s == pytest.approx((9.0 + 3.0) / 2)
+
+
 def test_a_flush_costs_bubbles_and_keeps_one_version():
     weights = ParameterCost(name="w", bytes=8, gradient_bytes=8, optimizer_bytes=8, blocks=("b0",))
     flush = solve_fixed(chain([1.0, 1.0], schedule="flush", microbatches=4), 2)

@@ -15,18 +15,22 @@ from hypothesis import strategies as st
 from simulated import FREE, made_plan
 
 import p2bw
+from p2bw.compiler.devices import find_device
+from p2bw.compiler.placement.evaluate import Shape, evaluate
+from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.plan import Plan, Schedule
+from p2bw.compiler.problem import BlockCost, ParameterCost, PlacementProblem
 from p2bw.compiler.simulation import symmetry
 from p2bw.compiler.simulation.engine import Engine
 from p2bw.compiler.simulation.job import PS, StageTimes, make_job
 from p2bw.compiler.simulation.links import Links
 from p2bw.compiler.simulation.simulate import run_whole, simulate
 from p2bw.compiler.simulation.symmetry import Route, Symmetry
-from p2bw.compiler.topology import Level, make_topology
+from p2bw.compiler.topology import Level, Topology, make_topology
 from p2bw.compiler.trace import trace
 from p2bw.contract.check import check
 from p2bw.contract.errors import UsageError
-from p2bw.contract.schedule import Action
+from p2bw.contract.schedule import Action, most_extra
 from p2bw.modelfile.load import load_model_file
 
 ports = st.sets(st.integers(0, 3), min_size=1)
@@ -64,6 +68,58 @@ def test_equal_stages_take_what_the_closed_form_says(
 
 
 @some
+@given(
+    depth=st.integers(1, 6),
+    width=st.integers(1, 4),
+    more=st.integers(0, 8),
+    schedule=st.sampled_from(["2bw", "flush", "gpipe", "stash"]),
+    update_s=st.sampled_from([0.0, 1e-3, 6e-3]),
+    gradients=st.sampled_from([0, 10**6, 10**7, 10**8]),
+)
+def test_an_update_takes_what_the_placement_says(
+    depth: int, width: int, more: int, schedule: Schedule, update_s: float, gradients: int
+) -> None:
+    """A flush waits for the first stage's sum over the replicas and for its update; 2bw for a sum
+    that takes longer than a batch. Here 10**8 bytes take two replicas 100 ms, a microbatch 3 ms.
+    """
+    m, level = depth + more, Level(name="node", size=depth * width, bandwidth=1e9)
+    names = [f"b{k}" for k in range(depth)]
+    problem = PlacementProblem(
+        microbatch=1,
+        schedule=schedule,
+        microbatches=m,
+        blocks=tuple(BlockCost(name=name, forward_s=1e-3, backward_s=2e-3) for name in names),
+        parameters=tuple(
+            ParameterCost(
+                name=name,
+                bytes=1,
+                gradient_bytes=max(gradients, 1),
+                optimizer_bytes=0,
+                update_s=update_s,
+                blocks=(name,),
+            )
+            for name in names
+        ),
+        topology=Topology(
+            name="made", device=find_device("a100-80"), gpus=depth * width, levels=(level,)
+        ),
+    )
+    shape = Shape(depth, width)
+    said = evaluate(make_instance(problem), shape, range(depth), (False,) * depth)
+    plan = made_plan(
+        depth,
+        width,
+        m,
+        schedule=schedule,
+        update_s=update_s,
+        gradients=gradients,
+        levels=(level,),
+        extra=min(1, max(0, most_extra(schedule, depth, m, width > 1))),
+    )
+    assert simulate(plan).period_s == pytest.approx(said.period_s, rel=0.01)
+
+
+@some
 @given(data=st.data(), depth=st.integers(2, 5), m=st.integers(5, 8))
 def test_2bw_takes_as_long_as_its_slowest_stage(data: st.DataObject, depth: int, m: int) -> None:
     times = st.lists(st.floats(1e-4, 5e-3), min_size=depth, max_size=depth)
@@ -77,6 +133,16 @@ def test_2bw_takes_as_long_as_its_slowest_stage(data: st.DataObject, depth: int,
         assert device.busy + sum(device.waits.values()) == pytest.approx(1, abs=1e-9)
     if found.cycle_batches is not None:
         assert busiest.busy == pytest.approx(plan.period_s / found.period_s, rel=1e-6)
+
+
+def test_no_period_is_shorter_than_what_the_slowest_stage_computes() -> None:
+    """Its microbatches pile up so slowly that the first stages seem to go on as they are."""
+    forward_s = [0.826e-3, 5e-3, 1.953e-3, 4.1485e-3]
+    plan = made_plan(
+        4, 1, 5, forward_s=forward_s, backward_s=[3.906e-3, 1e-4, 1.953e-3, 1e-3], extra=1
+    )
+    assert simulate(plan).period_s == pytest.approx(5.1485e-3, rel=1e-6)
+    assert simulate(plan, stragglers={3: 1.02}).period_s == pytest.approx(5.25147e-3, rel=1e-3)
 
 
 def plans() -> st.SearchStrategy[Plan]:
@@ -272,6 +338,21 @@ def test_jitter_is_the_seed_s_and_slows_down() -> None:
     assert first != simulate(plan, jitter=0.2, seed=4)
     assert plan.period_s < first.period_s < 1.2 * plan.period_s
     assert first.cycle_batches is None
+
+
+def test_many_replicas_share_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That decides how long the simulation takes, and next to nothing of what it finds."""
+    plan = made_plan(4, 16, 16, schedule="flush", gradients=10**6)
+    each = simulate(plan, jitter=0.1)
+    assert len(each.devices) == 4 * 16
+    monkeypatch.setattr(symmetry, "DRAWN", 32)
+    shared = simulate(plan, jitter=0.1)
+    assert {len(device.ranks) for device in shared.devices} == {2}
+    assert shared.period_s == pytest.approx(each.period_s, rel=5e-3)
+    monkeypatch.setattr(symmetry, "DRAWN", 1)
+    fewest = simulate(plan, jitter=0.1)
+    assert {len(device.ranks) for device in fewest.devices} == {4}
+    assert fewest.period_s == pytest.approx(each.period_s, rel=1e-2)
 
 
 def test_with_jitter_what_is_told_is_the_run_that_was_asked_for() -> None:

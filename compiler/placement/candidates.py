@@ -278,7 +278,7 @@ def make_candidates(models: Sequence[Model], shapes: Sequence[Shape]) -> list[Ca
 class _Sums:
     """What one microbatch takes in all groups together, on the devices that are best for it."""
 
-    problem: PlacementProblem
+    instance: Instance
     work_ps: int
     largest_ps: int  # of one group
     update_ps: int
@@ -287,11 +287,13 @@ class _Sums:
 
     def least_busy(self, shape: Shape, network: float) -> float:
         """Seconds that the busiest device or port needs, by sums alone."""
-        m = self.problem.microbatches_at(shape.depth)
-        ring = ring_bytes(self.gradients, shape.width, m)
+        slots = self.instance.slots(shape.depth)
+        ring = ring_bytes(self.gradients, shape.width, slots)
+        # Where pipelines drain, the update of a stage behind others costs less than its share.
+        update_ps = 0.0 if self.instance.drains else self.update_ps / slots
         # Below what is attained, whatever the order of additions.
         return (1 - 1e-12) * max(
-            (self.work_ps + self.update_ps / m) / shape.depth / PS,
+            (self.work_ps + update_ps) / shape.depth / PS,
             self.largest_ps / PS,
             ring / shape.depth / self.bandwidth,
             ring * network,
@@ -304,7 +306,7 @@ def _sums(model: Model) -> _Sums:
     work = (again * instance.forward_ps + instance.backward_ps).min(axis=0)
     states = [tied.state for tied in instance.tied]
     return _Sums(
-        problem=instance.problem,
+        instance=instance,
         work_ps=int(work.sum()),
         largest_ps=int(work.max()),
         update_ps=int(instance.update_ps.min(axis=0).sum())

@@ -16,7 +16,9 @@ import numpy as np
 from p2bw.compiler.placement.evaluate import (
     Shape,
     ring_bytes,
+    ring_s,
     waiting_bytes,
+    with_sum,
 )
 from p2bw.compiler.placement.ideals import Floats, Steps, chain_to_stages
 from p2bw.compiler.placement.instance import PS, Instance, Numbers
@@ -40,8 +42,10 @@ class StepCosts:
     steps: Steps
     recompute: Recompute
     shape: Shape | None
-    kept_s: Floats  # kind of device x step: stash kept
+    kept_s: Floats  # kind of device x step, forward and backward: stash kept
     again_s: Floats  # forward recomputed
+    share_s: Floats  # kind of device x step: of an update, if pipelines do not drain for it
+    port_s: Floats  # of the fastest port
     traffic: Floats  # bytes that a device sends or receives
     fixed: Floats  # bytes besides weights and what is in flight
     first: Numbers  # first and last stage that a step can be
@@ -60,14 +64,23 @@ class StepCosts:
             return total + steps.stash + in_flight * steps.received
         return total + in_flight * (steps.stash + steps.saved)
 
-    def seconds(self, in_flight: int, kind: int, room: int) -> Floats:
-        """Cost of each step on a kind of device, in `room` bytes of its memory."""
+    def seconds(self, in_flight: int, kind: int, room: int, k: int | None = None) -> Floats:
+        """Cost of each step on a kind of device, in `room` bytes of its memory; as stage `k`."""
         cost = np.full(len(self.steps.source), np.inf)
         if self.recompute != "never":
             np.copyto(cost, self.again_s[kind], where=self.memory(in_flight, True) <= room)
         if self.recompute != "always":
             np.copyto(cost, self.kept_s[kind], where=self.memory(in_flight, False) <= room)
-        return cost
+        own_s: Floats = np.maximum(cost + self.share_s[kind], self.port_s)
+        instance, shape, steps = self.instance, self.shape, self.steps
+        if k is None or shape is None:
+            return own_s
+        exposed = instance.exposed(k, shape.depth, shape.width)
+        if exposed is not None:
+            update_s = steps.update_s[kind] + ring_s(instance, shape, k) * steps.gradients
+            slots = instance.slots(shape.depth)
+            np.maximum(own_s, with_sum(cost, update_s, exposed, slots), out=own_s)
+        return own_s
 
     def least_seconds(self, in_flight: int) -> Floats:
         """Cost of each step on the kind of device that is best for it."""
@@ -77,10 +90,14 @@ class StepCosts:
         )
         return result
 
-    def on(self, in_flight: int, kinds: Sequence[int], slack: int = 0) -> Floats:
+    def on(
+        self, in_flight: int, kinds: Sequence[int], slack: int = 0, k: int | None = None
+    ) -> Floats:
         """Cost of each step whose replicas are on several kinds, `slack` bytes kept free."""
         room = min(map(self.instance.room, kinds)) - slack
-        result: Floats = np.maximum.reduce([self.seconds(in_flight, kind, room) for kind in kinds])
+        result: Floats = np.maximum.reduce(
+            [self.seconds(in_flight, kind, room, k) for kind in kinds]
+        )
         return result
 
     def stage(self, k: int, slack: Sequence[int]) -> Floats:
@@ -88,14 +105,14 @@ class StepCosts:
         assert self.shape is not None
         instance, shape = self.instance, self.shape
         in_flight = instance.in_flight(k, shape.depth)
-        cost = self.on(in_flight, shape.kinds(instance, k), slack[k])
+        cost = self.on(in_flight, shape.kinds(instance, k), slack[k], k)
         port = min(instance.network.device_bandwidth(shape.rank(k, r)) for r in range(shape.width))
         np.maximum(cost, self.traffic / port, out=cost)
         cost[(self.first > k) | (self.last < k)] = np.inf
         if self.uplinks and self.uplinks[k]:
-            m = instance.problem.microbatches_at(shape.depth)
-            ring = ring_bytes(1, shape.width, m) * self.steps.gradients
-            exchange = ring_bytes(1, 2, m) * self.steps.exchanged
+            slots = instance.slots(shape.depth)
+            ring = ring_bytes(1, shape.width, slots) * self.steps.gradients
+            exchange = ring_bytes(1, 2, slots) * self.steps.exchanged
             for uplink in self.uplinks[k]:
                 np.maximum(cost, uplink.seconds(self.steps, ring, exchange), out=cost)
         return cost
@@ -111,25 +128,27 @@ def step_costs(
     """The costs of all steps, exact where a placement stays below `upper` seconds."""
     out = steps.sent + steps.received_gradient
     into = steps.received + steps.sent_gradient
-    update_s, copies = np.zeros_like(steps.update_s), instance.gradient_copies()
+    share_s, copies = np.zeros_like(steps.update_s), instance.gradient_copies()
     first: Numbers = np.zeros(len(out), np.int64)
     last: Numbers = np.full(len(out), instance.size)
     if shape is not None:
-        m = instance.problem.microbatches_at(shape.depth)
-        update_s, copies = steps.update_s / m, instance.gradient_copies(shape.width)
-        shared = ring_bytes(1, shape.width, m) * steps.gradients
-        shared += ring_bytes(1, 2, m) * steps.exchanged
+        slots, copies = instance.slots(shape.depth), instance.gradient_copies(shape.width)
+        if not instance.drains:
+            share_s = steps.update_s / slots
+        shared = ring_bytes(1, shape.width, slots) * steps.gradients
+        shared += ring_bytes(1, 2, slots) * steps.exchanged
         out, into = out + shared, into + shared
         first, last = _windows(instance, steps, shape.depth, upper)
     compute_s = steps.forward_s + steps.backward_s
-    port_s = np.maximum(out, into) / instance.network.fastest
     costs = StepCosts(
         instance,
         steps,
         recompute,
         shape,
-        kept_s=np.maximum(compute_s + update_s, port_s),
-        again_s=np.maximum(compute_s + steps.forward_s + update_s, port_s),
+        kept_s=compute_s,
+        again_s=compute_s + steps.forward_s,
+        share_s=share_s,
+        port_s=np.maximum(out, into) / instance.network.fastest,
         traffic=np.maximum(out, into),
         fixed=copies * steps.gradients
         + steps.frozen

@@ -1,14 +1,17 @@
 """evaluate: the exact numbers of one placement. Every solver's result is judged by it alone."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from p2bw.compiler.links import Port
 from p2bw.compiler.placement.instance import PS, Edge, Instance, Numbers, State
 
+Work = TypeVar("Work", float, np.ndarray[tuple[int, ...], np.dtype[np.float64]])
 MIN_PERIOD_S = 1 / PS  # so that a model without costs still has a rate
 
 Layout = Literal["stage-major", "pipeline-major", "any", "listed"]
@@ -48,13 +51,15 @@ class Shape:
 class StageNumbers:
     """Compute per microbatch and peak memory of one stage; `update_s` is a step's share.
 
-    On devices of several kinds: the times of the slowest, and the limit of the tightest.
+    On devices of several kinds: the times of the slowest, and the limit of the tightest. `busy_s`
+    is what the stage's compute makes of the period: see `with_sum`.
     """
 
     forward_s: float
     backward_s: float
     recompute_s: float
     update_s: float
+    busy_s: float
     weights: int
     gradients: int
     optimizer: int
@@ -66,7 +71,6 @@ class StageNumbers:
 
     @property
     def compute_s(self) -> float:
-        # In this order: the dynamic program adds the same way, so that both agree to the last bit.
         return self.forward_s + self.backward_s + self.recompute_s + self.update_s
 
     @property
@@ -84,7 +88,7 @@ class StageNumbers:
 
 @dataclass(frozen=True, slots=True)
 class LinkLoad:
-    """What one port carries per microbatch, one way."""
+    """What one port carries per microbatch, one way; an update's per slot of the schedule."""
 
     name: str
     bytes: float
@@ -120,16 +124,17 @@ def evaluate(
     links = _links(instance, shape, flows)
     busiest = max(
         MIN_PERIOD_S,
-        max(stage.compute_s for stage in stages),
+        max(stage.busy_s for stage in stages),
         max((link.seconds for link in links), default=0.0),
     )
-    sent = (sum(flows.tensors.values()), *flows.exchange.values(), *flows.ring)
+    bubble = instance.bubble(shape.depth)
+    updates = (bubble * size for size in (*flows.exchange.values(), *flows.ring))
     return Evaluation(
         busiest_s=busiest,
-        period_s=busiest * instance.bubble(shape.depth),
+        period_s=busiest * bubble,
         stages=stages,
         links=links,
-        sent_bytes=math.fsum(sent),
+        sent_bytes=math.fsum((sum(flows.tensors.values()), *updates)),
         problems=_problems(instance, shape, stage_of, stages),
     )
 
@@ -168,7 +173,7 @@ def waiting_bytes(instance: Instance, shape: Shape, stage_of: Sequence[int]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Flows:
-    """Bytes between stages of one replica, per microbatch."""
+    """Bytes between stages of one replica, per microbatch; an update's per slot of the schedule."""
 
     own: tuple[tuple[int, ...], ...]  # by stage: its groups
     received: tuple[tuple[tuple[Edge, int], ...], ...]  # by stage: tensor, its producer's stage
@@ -192,7 +197,7 @@ def _flows(
                 tensors[source, target] += edge.bytes
                 tensors[target, source] += edge.gradient
             sent[source].append((edge, targets))
-    m = instance.problem.microbatches_at(shape.depth)
+    slots = instance.slots(shape.depth)
     gradients = [0] * shape.depth
     own: list[list[int]] = [[] for _ in range(shape.depth)]
     for group, stage in enumerate(stage_of):
@@ -207,14 +212,14 @@ def _flows(
             gradients[stage] += tied.state.gradients
             if len(holders) > 1:
                 peer = holders[(place + 1) % len(holders)]
-                exchange[stage, peer] += ring_bytes(tied.state.gradients, len(holders), m)
+                exchange[stage, peer] += ring_bytes(tied.state.gradients, len(holders), slots)
     return _Flows(
         tuple(map(tuple, own)),
         tuple(map(tuple, received)),
         tuple(map(tuple, sent)),
         dict(tensors),
         dict(exchange),
-        tuple(ring_bytes(total, shape.width, m) for total in gradients),
+        tuple(ring_bytes(total, shape.width, slots) for total in gradients),
         tuple(map(tuple, holds)),
     )
 
@@ -232,9 +237,27 @@ def _hops(
         yield source, readers
 
 
-def ring_bytes(size: int, members: int, microbatches: int) -> float:
-    """What each member of a ring all-reduce sends to the next, per microbatch."""
-    return size * (2 * (members - 1)) / (members * microbatches)
+def ring_bytes(size: int, members: int, slots: int) -> float:
+    """What each member of a ring all-reduce sends to the next, per slot (`Instance.slots`)."""
+    return size * (2 * (members - 1)) / (members * slots)
+
+
+def ring_s(instance: Instance, shape: Shape, k: int) -> float:
+    """Seconds that the all-reduce of stage k takes for a byte of its gradients, by itself."""
+    ports = Counter(
+        port
+        for r in range(shape.width if shape.width > 1 else 0)
+        for port in instance.network.route(shape.rank(k, r), shape.rank(k, (r + 1) % shape.width))
+    )
+    slowest = max((n / instance.network.bandwidth(port) for port, n in ports.items()), default=0.0)
+    return ring_bytes(1, shape.width, 1) * slowest
+
+
+def with_sum(work_s: Work, update_s: Work, exposed: int, slots: int) -> Work:
+    """What a stage makes of the period by an update, with the sum over its replicas before it, and
+    the microbatches that it computes before the next sum can begin (`Instance.exposed`).
+    """
+    return work_s * (exposed / slots) + update_s / slots
 
 
 def _stage(
@@ -264,22 +287,24 @@ def _stage(
         for edge, readers in flows.sent[k]
     )
     kinds, m = shape.kinds(instance, k), instance.problem.microbatches_at(shape.depth)
+    every = [_times(instance, own, states, kind) for kind in kinds]
     forward_ps, backward_ps, update_ps = max(
-        (_times(instance, own, states, kind) for kind in kinds),
-        key=lambda times: m * (times[0] * (1 + recompute) + times[1]) + times[2],
+        every, key=lambda times: m * (times[0] * (1 + recompute) + times[1]) + times[2]
     )
+    gradients = total(instance.gradients) + sum(state.gradients for state in states)
+    summing_s = ring_s(instance, shape, k) * gradients
     device = instance.device(min(kinds, key=instance.room))
     return StageNumbers(
         forward_s=forward_ps / PS,
         backward_s=backward_ps / PS,
         recompute_s=forward_ps / PS if recompute else 0.0,
         update_s=update_ps / PS / m,
+        busy_s=max(_busy_s(instance, shape, k, times, recompute, summing_s) for times in every),
         weights=instance.versions(in_flight, shape.depth)
         * (total(instance.weights) + sum(state.weights for state in states))
         + total(instance.frozen)
         + sum(state.frozen for state in states),
-        gradients=instance.gradient_copies(shape.width)
-        * (total(instance.gradients) + sum(state.gradients for state in states)),
+        gradients=instance.gradient_copies(shape.width) * gradients,
         optimizer=total(instance.optimizer) + sum(state.optimizer for state in states),
         stash=in_flight * inputs + stash if recompute else in_flight * (stash + saved),
         buffers=total(instance.buffers) + buffers,
@@ -287,6 +312,26 @@ def _stage(
         reserve=device.reserve_bytes,
         limit=device.memory_bytes,
     )
+
+
+def _busy_s(
+    instance: Instance,
+    shape: Shape,
+    k: int,
+    times: tuple[int, int, int],
+    recompute: bool,
+    summing_s: float,
+) -> float:
+    """Seconds per slot of the schedule. The dynamic program adds in the same order, so that both
+    agree to the last bit.
+    """
+    forward_s, backward_s, update_s = (ps / PS for ps in times)
+    work_s = forward_s + backward_s + (forward_s if recompute else 0.0)
+    slots, exposed = instance.slots(shape.depth), instance.exposed(k, shape.depth, shape.width)
+    own_s = work_s if instance.drains else work_s + update_s / slots
+    if exposed is None:
+        return own_s
+    return max(own_s, with_sum(work_s, update_s + summing_s, exposed, slots))
 
 
 def _times(

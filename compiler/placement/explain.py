@@ -231,10 +231,10 @@ def _busiest(now: Evaluation) -> list[Binding]:
             kind="compute",
             what=f"compute of stage {k}",
             stages=(k,),
-            why=f"busy for {units.seconds(stage.compute_s)} per microbatch",
+            why=f"busy for {units.seconds(stage.busy_s)} per microbatch",
         )
         for k, stage in enumerate(now.stages)
-        if stage.compute_s >= enough
+        if stage.busy_s >= enough
     ]
     return found + [
         Binding(
@@ -282,7 +282,7 @@ def _stage_slacks(now: Evaluation) -> Iterator[StageSlack]:
     for stage in now.stages:
         yield StageSlack(
             compute_s=stage.compute_s,
-            slack_s=max(0.0, now.busiest_s - stage.compute_s),
+            slack_s=max(0.0, now.busiest_s - stage.busy_s),
             memory=stage.total,
             limit=stage.limit,
             free=stage.limit - stage.total,

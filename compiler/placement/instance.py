@@ -15,7 +15,7 @@ from p2bw.compiler.links import Network
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.problem import ParameterCost, PlacementProblem, TensorCost
 from p2bw.contract.errors import InfeasibleError
-from p2bw.contract.schedule import updates_late
+from p2bw.contract.schedule import most_extra, updates_late
 
 PS = 10**12  # picoseconds in a second
 
@@ -141,10 +141,33 @@ class Instance:
 
     def bubble(self, depth: int) -> float:
         """Mean time per microbatch over the busiest stage's: the price of a flush per update."""
-        if self.problem.schedule in ("2bw", "stash"):
-            return 1.0
-        m = self.problem.microbatches_at(depth)
-        return (m + depth - 1) / m
+        return self.slots(depth) / self.problem.microbatches_at(depth)
+
+    @property
+    def drains(self) -> bool:
+        """Whether the pipeline is empty before each update."""
+        return self.problem.schedule in ("flush", "gpipe")
+
+    def slots(self, depth: int) -> int:
+        """How many microbatches' time an update takes, with what it takes to fill and to drain."""
+        return self.problem.microbatches_at(depth) + (depth - 1 if self.drains else 0)
+
+    def exposed(self, k: int, depth: int, width: int) -> int | None:
+        """How many microbatches stage k computes from an update to the end of the next batch, whose
+        gradients are summed up over the replicas then; None: that never makes a batch longer.
+
+        In a flush these are all, and the stages before k hide as many slots as they are. Under 2bw
+        they are those in flight, with the one that is taken on early; the last stage has none, and
+        computes a batch while the one before is summed up.
+        """
+        m, ahead = self.problem.microbatches_at(depth), depth - 1 - k
+        if self.drains:
+            return self.slots(depth) - k
+        if width == 1:
+            return None
+        if self.problem.schedule == "stash":
+            return m
+        return ahead + min(1, most_extra("2bw", depth, m, late=True)) if ahead else None
 
     def blocks_to_stages(self, stages: Iterable[int]) -> dict[str, int]:
         """Stage of every block by name, in the problem's order, from the stage of every group."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from p2bw.compiler.links import Port, reverse
 from p2bw.compiler.placement.dp import Recompute
-from p2bw.compiler.placement.evaluate import Shape, ring_bytes
+from p2bw.compiler.placement.evaluate import Shape, ring_bytes, ring_s
 from p2bw.compiler.placement.instance import PS, Instance
 from p2bw.compiler.placement.sums import Sum
 from p2bw.compiler.placement.windows import reduction, stages_in
@@ -249,7 +249,7 @@ class Model:
 
     def _ring(self, load: Sum, k: int, s_per_byte: float) -> None:
         """Add the all-reduce between neighbouring replicas of a stage."""
-        share = ring_bytes(1, self.shape.width, self._m) * s_per_byte
+        share = ring_bytes(1, self.shape.width, self._slots) * s_per_byte
         self._add(load, [self._ticks(int(size) * share) for size in self.instance.gradients], k)
         for tied, z in zip(self.instance.tied, self.z, strict=True):
             load.add(z[k], self._ticks(tied.state.gradients * share))
@@ -264,12 +264,12 @@ class Model:
                 left = Sum()
                 left.add(elsewhere)
                 self._at_least(left, apart)
-            size = ring_bytes(tied.state.gradients, 2, self._m)
+            size = ring_bytes(tied.state.gradients, 2, self._slots)
             load.add(elsewhere, self._ticks(size / bandwidth))
 
     @property
-    def _m(self) -> int:
-        return self.instance.problem.microbatches_at(self.shape.depth)
+    def _slots(self) -> int:
+        return self.instance.slots(self.shape.depth)
 
     def _ticks(self, seconds: float) -> int:
         """Time in whole steps of the resolution, rounded down."""
@@ -287,18 +287,28 @@ class Model:
 
     def _compute(self, k: int, again: Any) -> None:
         instance = self.instance
-        for kind in self.shape.kinds(instance, k):
-            self._compute_on(k, kind, again)
+        shape, summing_s = self.shape, ring_s(instance, self.shape, k)
+        exposed = instance.exposed(k, shape.depth, shape.width)
+        for kind in shape.kinds(instance, k):
+            self._compute_on(k, kind, again, 1.0, 1.0 - instance.drains, 0.0)
+            if exposed is not None:
+                self._compute_on(k, kind, again, exposed / self._slots, 1.0, summing_s)
 
-    def _compute_on(self, k: int, kind: int, again: Any) -> None:
-        instance = self.instance
+    def _compute_on(
+        self, k: int, kind: int, again: Any, share: float, update: float, summing_s: float
+    ) -> None:
+        """T >= a share of the stage's work and, per slot, its update and the sum over replicas."""
+        instance, slots = self.instance, self._slots
         load, more = Sum(), Sum()
-        base = (instance.forward_ps + instance.backward_ps) / PS + instance.update_ps / PS / self._m
-        self._add(load, [self._ticks(seconds) for seconds in base[kind].tolist()], k)
+        base = (instance.forward_ps[kind] + instance.backward_ps[kind]) / PS * share
+        base += (instance.update_ps[kind] / PS * update + instance.gradients * summing_s) / slots
+        self._add(load, [self._ticks(seconds) for seconds in base.tolist()], k)
         for tied, z in zip(instance.tied, self.z, strict=True):
-            load.add(z[k], self._ticks(tied.state.update_ps[kind] / PS / self._m))
+            state = tied.state
+            seconds = (state.update_ps[kind] / PS * update + state.gradients * summing_s) / slots
+            load.add(z[k], self._ticks(seconds))
         more.plus(load)
-        forward = instance.forward_ps[kind] / PS
+        forward = instance.forward_ps[kind] / PS * share
         self._add(more, [self._ticks(seconds) for seconds in forward.tolist()], k)
         if isinstance(again, bool):
             self._busy(more if again else load)

@@ -50,8 +50,7 @@ def make_uplinks(
     ports = list(_shared_ports(instance, shape))
     if not ports:
         return ((),) * shape.depth
-    m = instance.problem.microbatches_at(shape.depth)
-    ring = ring_bytes(1, shape.width, m) * steps.gradients
+    ring = ring_bytes(1, shape.width, instance.slots(shape.depth)) * steps.gradients
     columns = np.stack(
         [steps.sent, steps.received_gradient, ring, steps.received, steps.sent_gradient]
     )

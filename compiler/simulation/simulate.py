@@ -6,10 +6,11 @@ from pathlib import Path
 
 from p2bw.compiler.plan import Plan, read_plan
 from p2bw.compiler.simulation.engine import Engine, Mark, Record, Usage
-from p2bw.compiler.simulation.job import PS, Job, StageTimes, make_job, planned_times
+from p2bw.compiler.simulation.job import PPM, PS, Job, StageTimes, make_job, planned_times
 from p2bw.compiler.simulation.result import DeviceUse, LinkUse, Simulation
 from p2bw.compiler.simulation.trace import Spans
 from p2bw.contract.errors import UsageError
+from p2bw.contract.schedule import Kind
 
 BATCHES = 10
 _SOON = 4  # batches after the pipeline is full in which a cycle is looked for first
@@ -49,7 +50,10 @@ def simulate(
         whole = run_whole(job, spans.record, spans.usage)
         spans.write(Path(trace), plan, steady.engine.symmetry.classes)
     times = times or [planned_times(plan, stage) for stage in plan.stages]
-    period_s = steady.elapsed / PS / (steady.batches * job.pipe.microbatches)
+    batch = steady.elapsed / steady.batches
+    if not steady.exact:  # it may still be filling up in front of the slowest
+        batch = max(batch, _longest(job))
+    period_s = batch / PS / job.pipe.microbatches
     return Simulation(
         schedule=job.pipe.schedule,
         depth=plan.depth,
@@ -170,6 +174,20 @@ def whole_run(job: Job, steady: Steady) -> Whole:
         job = replace(job, pipe=replace(job.pipe, batches=batches))
     whole = run_whole(job)
     return replace(whole, total=whole.total + cycles * steady.elapsed)
+
+
+def _longest(job: Job) -> int:
+    """Picoseconds that the rank with the most work is busy with a batch."""
+    m = job.pipe.microbatches
+    busy = [
+        sum(ps * (m if kind in (Kind.FORWARD, Kind.BACKWARD) else 1) for kind, ps in own.items())
+        for own in job.durations
+    ]
+    return max(
+        ps * job.factors.get(rank, PPM) // PPM
+        for ps, ranks in zip(busy, job.ranks, strict=True)
+        for rank in ranks
+    )
 
 
 def _utilisation(plan: Plan, times: Sequence[StageTimes], period_s: float) -> float:

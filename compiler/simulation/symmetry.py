@@ -9,6 +9,12 @@ from p2bw.compiler.simulation.job import PS, Job
 
 Pair = tuple[int, int]  # from stage, to stage
 
+# Ranks that draw jitter of their own; further replicas do as those before them did, so that a large
+# pipeline can be simulated at all. What that leaves out is small: how much later the last of many
+# comes than the last of a few, each with the mean over a batch.
+DRAWN = 256
+FEWEST = 4  # replicas that do, however many stages there are
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -154,7 +160,8 @@ def _refine(
 def _start(job: Job, replica: int) -> Hashable:
     """What tells replicas apart to begin with: jitter, and ranks that are slower."""
     slow = tuple(job.factors.get(ranks[replica]) for ranks in job.ranks)
-    return slow, replica if job.jitter else None
+    drawn = max(FEWEST, DRAWN // job.pipe.depth)
+    return slow, replica % drawn if job.jitter else None
 
 
 def _numbered(looks: Iterable[Hashable]) -> list[int]:
