@@ -1,7 +1,7 @@
 """Compilation: what a compile knows of its model at each microbatch size, found out when asked."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +47,8 @@ class Compilation:
     programs: dict[int, Program] = field(default_factory=dict)
     problems: dict[int, PlacementProblem] = field(default_factory=dict)
     optimizer: Mapping[TensorType, int] | None = None  # bytes of its state, by type of parameter
-    margin: int = 0  # bytes that a stage was seen to need beyond what its blocks add up to
+    # By block: bytes that stages which had it were seen to need beyond what blocks add up to.
+    margins: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -119,13 +120,24 @@ class Compilation:
                 )
                 constraints = constraints_of(self.rules, program, problem)
                 blocks = tuple(
-                    b.model_copy(update={"transient_bytes": b.transient_bytes + self.margin})
-                    for b in problem.blocks
+                    block.model_copy(
+                        update={
+                            "transient_bytes": block.transient_bytes
+                            + self.margins.get(block.name, 0)
+                        }
+                    )
+                    for block in problem.blocks
                 )
                 self.problems[batch_size] = problem.model_copy(
                     update={"constraints": constraints, "blocks": blocks}
                 )
         return self.problems[batch_size]
+
+    def set_aside(self, blocks: Iterable[str], size: int) -> None:
+        """So much more memory for every stage that has one of these blocks, from now on."""
+        for name in blocks:
+            self.margins[name] = self.margins.get(name, 0) + size
+        self.problems.clear()
 
     def candidates(self) -> Mapping[int, PlacementProblem]:
         """The problem at every microbatch size to search: those of the profile, if there is one."""

@@ -42,23 +42,28 @@ def fitting_plan(compilation: Compilation, asked: Asked) -> tuple[Plan, dict[str
 
     With it come the texts of its stage files, by their names in the artifact. What the placement
     adds up is close and mostly more. Where it was less, and a stage does not fit, all is placed
-    again with what it lacked set aside on every device.
+    again with what it lacked set aside for all stages that have a block of it; and should that not
+    do, for all.
     """
-    for _ in range(_ROUNDS):
+    for done in range(_ROUNDS):
         placement = _place(compilation, asked)
         plan, texts = _plan(compilation, placement)
         lacking = [
-            stage.memory.total - numbers.total
+            (stage.memory.total - numbers.total, stage.blocks)
             for stage, numbers in zip(plan.stages, placement.stages, strict=True)
             if stage.memory.total > stage.memory.limit
         ]
         if not lacking:
             return plan, texts
-        compilation.margin += max(lacking)
-        compilation.problems.clear()
+        for size, blocks in lacking:
+            compilation.set_aside(blocks, size)
+        if done >= _ROUNDS // 2:
+            others = {name for stage in plan.stages for name in stage.blocks}
+            others -= {name for _, blocks in lacking for name in blocks}
+            compilation.set_aside(others, max(lacking)[0])
     raise InfeasibleError(
         f"no placement was found whose stages fit into memory as they were counted: the last one "
-        f"lacks {data(max(lacking))}; offer more devices, more memory or a smaller microbatch"
+        f"lacks {data(max(lacking)[0])}; offer more devices, more memory or a smaller microbatch"
     )
 
 

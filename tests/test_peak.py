@@ -1,13 +1,16 @@
 """The peak memory that a plan promises for each stage, against what torch's allocator reports."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from memory import CASES, Case, compiled
 from peaks import measure_peaks, planned_peaks
 
+from p2bw.compiler import fitting
 from p2bw.compiler.devices import DEVICES
 from p2bw.compiler.driver import compile_model
+from p2bw.compiler.memory import with_memory
 from p2bw.compiler.plan import Plan
 from p2bw.contract.errors import InfeasibleError
 
@@ -87,6 +90,35 @@ def test_the_peak_under_other_schedules_and_optimizers(
     given = {"gpus": 2, "depth": 2, "microbatch": 256, "device": "cpu", **options}
     made = compile_model(tmp_path / "net.py", out=tmp_path / "out", **given)
     near(made.plan, made.artifact)
+
+
+def test_what_one_stage_lacks_is_not_set_aside_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage needs as much as 2.5 layers' weights and gradients more than is known. No
+    other has room for as much with the two layers, or more, that at least one of them must have.
+    """
+    (tmp_path / "net.py").write_text(PERCEPTRON.replace("OPTIMIZER", "SGD(params, lr=0.1)"))
+    given = {"gpus": 3, "depth": 3, "microbatch": 16, "device": "cpu", "schedule": "flush"}
+    roomy = compile_model(tmp_path / "net.py", out=tmp_path / "roomy", **given).plan
+    layers = sum(stage.parameters for stage in roomy.stages) / 6
+    assert [round(stage.parameters / layers) for stage in roomy.stages] == [2, 2, 2]
+    layer = (roomy.stages[0].memory.weights + roomy.stages[0].memory.gradients) // 2
+    own = max(stage.memory.total - stage.memory.reserve for stage in roomy.stages)
+
+    def counted(*arguments: Any) -> Plan:
+        plan = with_memory(*arguments)
+        first = plan.stages[0]
+        memory = first.memory.model_copy(update={"total": first.memory.total + 5 * layer // 2})
+        first = first.model_copy(update={"memory": memory})
+        return plan.model_copy(update={"stages": (first, *plan.stages[1:])})
+
+    monkeypatch.setattr(fitting, "with_memory", counted)
+    device = DEVICES["cpu"]
+    room = round((own + 2 * layer + device.context_bytes) / (1 - device.lost_fraction))
+    plan = compile_model(tmp_path / "net.py", memory=f"{room}B", out=tmp_path / "a", **given).plan
+    assert round(plan.stages[0].parameters / layers) == 1
+    assert all(stage.memory.total <= stage.memory.limit for stage in plan.stages)
 
 
 def test_what_does_not_fit_as_counted_is_placed_again(tmp_path: Path) -> None:
