@@ -145,7 +145,9 @@ def compare(plan: Plan, trace: Path) -> Comparison:
             backward_s=Pair(before.backward_s, now.backward_s),
             norm_s=Pair(before.norm_s or 0.0, now.norm_s or 0.0),
             update_s=Pair(before.update_s, now.update_s),
-            waiting=Pair(waits[stage.index], max(0.0, 1 - _busy(now, run.microbatches) / period_s)),
+            waiting=Pair(
+                waits[stage.index], max(0.0, 1 - now.per_microbatch_s(run.microbatches) / period_s)
+            ),
         )
         for stage, before, now in zip(plan.stages, planned, measured, strict=True)
     )
@@ -233,11 +235,6 @@ def _period(rank: _Rank, run: _Run, steady: range) -> float:
     m = run.microbatches
     first, last = steady.start * m - 1, steady.stop * m - 1
     return (rank.ended[last] - rank.ended[first]) / (last - first)
-
-
-def _busy(times: StageTimes, microbatches: int) -> float:
-    norm_s = times.norm_s or 0.0
-    return times.forward_s + times.backward_s + (norm_s + times.update_s) / microbatches
 
 
 def _largest(

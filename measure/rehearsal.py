@@ -160,9 +160,6 @@ def _compared(
 ) -> StageRehearsal:
     memory, m = plan.stages[stage].memory, plan.microbatches_per_update
 
-    def total(times: StageTimes) -> float:
-        return times.forward_s + times.backward_s + (norm(times) + times.update_s) / m
-
     def norm(times: StageTimes) -> float:
         return times.norm_s or 0.0
 
@@ -172,6 +169,6 @@ def _compared(
         backward_s=Pair(planned.backward_s, measured.backward_s),
         norm_s=Pair(norm(planned), norm(measured)),
         update_s=Pair(planned.update_s, measured.update_s),
-        compute_s=Pair(total(planned), total(measured)),
+        compute_s=Pair(planned.per_microbatch_s(m), measured.per_microbatch_s(m)),
         peak_bytes=Pair(memory.total - memory.reserve, peak),
     )

@@ -26,6 +26,11 @@ class StageTimes:
     update_s: float = 0.0
     norm_s: float | None = None
 
+    def per_microbatch_s(self, microbatches: int) -> float:
+        """Of a microbatch, with its share of the update and of a norm that was measured."""
+        update_s = (self.norm_s or 0.0) + self.update_s
+        return self.forward_s + self.backward_s + update_s / microbatches
+
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
