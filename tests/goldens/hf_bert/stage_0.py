@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BertEmbeddings(nn.Module):  # bert.embeddings (modeling_bert.py:84)
+class BertEmbeddings(nn.Module):  # bert.embeddings (modeling_bert.py:85)
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer(
@@ -43,7 +43,7 @@ class BertEmbeddings(nn.Module):  # bert.embeddings (modeling_bert.py:84)
         return self.dropout(self.LayerNorm(x + self.position_embeddings(index)))
 
 
-class BertSelfAttention(nn.Module):  # bert.encoder.layer.0.attention.self (modeling_bert.py:175)
+class BertSelfAttention(nn.Module):  # bert.encoder.layer.0.attention.self (modeling_bert.py:177)
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(32, 32)
@@ -60,7 +60,7 @@ class BertSelfAttention(nn.Module):  # bert.encoder.layer.0.attention.self (mode
         return y.transpose(1, 2).contiguous().reshape(2, 16, -1)  # f32[2, 16, 32]
 
 
-class BertSelfOutput(nn.Module):  # bert.encoder.layer.0.attention.output (modeling_bert.py:290)
+class BertSelfOutput(nn.Module):  # bert.encoder.layer.0.attention.output (modeling_bert.py:291)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 32)
@@ -71,7 +71,7 @@ class BertSelfOutput(nn.Module):  # bert.encoder.layer.0.attention.output (model
         return self.LayerNorm(self.dropout(self.dense(x)) + x2)  # f32[2, 16, 32]
 
 
-class BertAttention(nn.Module):  # bert.encoder.layer.0.attention (modeling_bert.py:175)
+class BertAttention(nn.Module):  # bert.encoder.layer.0.attention (modeling_bert.py:177)
     def __init__(self) -> None:
         super().__init__()
         self.self = BertSelfAttention()
@@ -81,7 +81,7 @@ class BertAttention(nn.Module):  # bert.encoder.layer.0.attention (modeling_bert
         return self.output(self.self(x, mask), x)  # f32[2, 16, 32]
 
 
-class BertIntermediate(nn.Module):  # bert.encoder.layer.0.intermediate (modeling_bert.py:335)
+class BertIntermediate(nn.Module):  # bert.encoder.layer.0.intermediate (modeling_bert.py:337)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 128)
@@ -90,7 +90,7 @@ class BertIntermediate(nn.Module):  # bert.encoder.layer.0.intermediate (modelin
         return F.gelu(self.dense(x))  # f32[2, 16, 128]
 
 
-class BertLayerHead(nn.Module):  # the beginning of bert.encoder.layer.0 (modeling_bert.py:175)
+class BertLayerHead(nn.Module):  # the beginning of bert.encoder.layer.0 (modeling_bert.py:177)
     def __init__(self) -> None:
         super().__init__()
         self.attention = BertAttention()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BertOutput(nn.Module):  # bert.encoder.layer.0-1.output (modeling_bert.py:348)
+class BertOutput(nn.Module):  # bert.encoder.layer.0-1.output (modeling_bert.py:350)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(128, 32)
@@ -30,7 +30,7 @@ class BertOutput(nn.Module):  # bert.encoder.layer.0-1.output (modeling_bert.py:
         return self.LayerNorm(self.dropout(self.dense(x)) + x2)  # f32[2, 16, 32]
 
 
-class BertLayerTail(nn.Module):  # the end of bert.encoder.layer.0 (modeling_bert.py:348)
+class BertLayerTail(nn.Module):  # the end of bert.encoder.layer.0 (modeling_bert.py:350)
     def __init__(self) -> None:
         super().__init__()
         self.output = BertOutput()
@@ -39,7 +39,7 @@ class BertLayerTail(nn.Module):  # the end of bert.encoder.layer.0 (modeling_ber
         return self.output(x, x2)  # f32[2, 16, 32]
 
 
-class BertSelfAttention(nn.Module):  # bert.encoder.layer.1.attention.self (modeling_bert.py:175)
+class BertSelfAttention(nn.Module):  # bert.encoder.layer.1.attention.self (modeling_bert.py:177)
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(32, 32)
@@ -56,7 +56,7 @@ class BertSelfAttention(nn.Module):  # bert.encoder.layer.1.attention.self (mode
         return y.transpose(1, 2).contiguous().reshape(2, 16, -1)  # f32[2, 16, 32]
 
 
-class BertSelfOutput(nn.Module):  # bert.encoder.layer.1.attention.output (modeling_bert.py:290)
+class BertSelfOutput(nn.Module):  # bert.encoder.layer.1.attention.output (modeling_bert.py:291)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 32)
@@ -67,7 +67,7 @@ class BertSelfOutput(nn.Module):  # bert.encoder.layer.1.attention.output (model
         return self.LayerNorm(self.dropout(self.dense(x)) + x2)  # f32[2, 16, 32]
 
 
-class BertAttention(nn.Module):  # bert.encoder.layer.1.attention (modeling_bert.py:175)
+class BertAttention(nn.Module):  # bert.encoder.layer.1.attention (modeling_bert.py:177)
     def __init__(self) -> None:
         super().__init__()
         self.self = BertSelfAttention()
@@ -77,7 +77,7 @@ class BertAttention(nn.Module):  # bert.encoder.layer.1.attention (modeling_bert
         return self.output(self.self(x, mask), x)  # f32[2, 16, 32]
 
 
-class BertIntermediate(nn.Module):  # bert.encoder.layer.1.intermediate (modeling_bert.py:335)
+class BertIntermediate(nn.Module):  # bert.encoder.layer.1.intermediate (modeling_bert.py:337)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 128)
@@ -86,7 +86,7 @@ class BertIntermediate(nn.Module):  # bert.encoder.layer.1.intermediate (modelin
         return F.gelu(self.dense(x))  # f32[2, 16, 128]
 
 
-class BertLayer(nn.Module):  # bert.encoder.layer.1 (modeling_bert.py:175)
+class BertLayer(nn.Module):  # bert.encoder.layer.1 (modeling_bert.py:177)
     def __init__(self) -> None:
         super().__init__()
         self.attention = BertAttention()
@@ -98,7 +98,7 @@ class BertLayer(nn.Module):  # bert.encoder.layer.1 (modeling_bert.py:175)
         return self.output(self.intermediate(attention), attention)
 
 
-class BertModelTail(nn.Module):  # the end of bert (modeling_bert.py:348)
+class BertModelTail(nn.Module):  # the end of bert (modeling_bert.py:350)
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Module()
@@ -109,7 +109,7 @@ class BertModelTail(nn.Module):  # the end of bert (modeling_bert.py:348)
         return self.encoder.layer[1](x, mask)
 
 
-class BertPredictionHeadTransform(nn.Module):  # cls.predictions.transform (modeling_bert.py:477)
+class BertPredictionHeadTransform(nn.Module):  # cls.predictions.transform (modeling_bert.py:481)
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Linear(32, 32)
@@ -119,7 +119,7 @@ class BertPredictionHeadTransform(nn.Module):  # cls.predictions.transform (mode
         return self.LayerNorm(F.gelu(self.dense(x)))  # f32[2, 16, 32]
 
 
-class BertLMPredictionHead(nn.Module):  # cls.predictions (modeling_bert.py:477)
+class BertLMPredictionHead(nn.Module):  # cls.predictions (modeling_bert.py:481)
     def __init__(self) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform()
@@ -129,7 +129,7 @@ class BertLMPredictionHead(nn.Module):  # cls.predictions (modeling_bert.py:477)
         return self.decoder(self.transform(x))  # f32[2, 16, 64]
 
 
-class BertOnlyMLMHead(nn.Module):  # cls (modeling_bert.py:477)
+class BertOnlyMLMHead(nn.Module):  # cls (modeling_bert.py:481)
     def __init__(self) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead()

@@ -53,7 +53,7 @@ class GPT2Attention(nn.Module):  # transformer.h.0.attn (pytorch_utils.py:119)
         return self.resid_dropout(c_proj)
 
 
-class GPT2BlockHead(nn.Module):  # the beginning of transformer.h.0 (modeling_gpt2.py:273)
+class GPT2BlockHead(nn.Module):  # the beginning of transformer.h.0 (modeling_gpt2.py:276)
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(32)
@@ -90,9 +90,8 @@ class Stage(nn.Module):
         batch = torch.arange(2, device=input_ids.device)[:, None, None, None]  # i64[2, 1, 1, 1]
         rows = positions2[None, None, :, None]  # i64[1, 1, 16, 1]
         columns = positions3[None, None, None]  # i64[1, 1, 1, 16]
-        mask = sums[batch, rows] == sums[batch, columns]  # bool[2, 1, 16, 16]
         positions2 = positions[batch, rows]  # i64[2, 1, 16, 1]
         positions = positions[batch, columns]  # i64[2, 1, 1, 16]
-        mask = mask & (positions <= positions2)  # bool[2, 1, 16, 16]
+        mask = (positions <= positions2) & (sums[batch, rows] == sums[batch, columns])
         x, y, z = self.transformer.h[0](self.transformer.drop(x), mask)
         return mask, x, y, z

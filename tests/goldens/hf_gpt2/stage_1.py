@@ -82,7 +82,7 @@ class GPT2MLP(nn.Module):  # transformer.h.1.mlp (pytorch_utils.py:119)
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # f32[2, 16, 32]
 
 
-class GPT2Block(nn.Module):  # transformer.h.1 (modeling_gpt2.py:273)
+class GPT2Block(nn.Module):  # transformer.h.1 (modeling_gpt2.py:276)
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(32)

@@ -35,7 +35,7 @@ class LlamaRotaryEmbedding(nn.Module):  # model.rotary_emb (modeling_llama.py:11
         return x.cos(), x.sin()
 
 
-class LlamaRMSNorm(nn.Module):  # model.layers.0.input_layernorm and 1 more (modeling_llama.py:64)
+class LlamaRMSNorm(nn.Module):  # model.layers.0.input_layernorm and 1 more (modeling_llama.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(32))
@@ -44,7 +44,7 @@ class LlamaRMSNorm(nn.Module):  # model.layers.0.input_layernorm and 1 more (mod
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())  # f32[2, 16, 32]
 
 
-class LlamaAttention(nn.Module):  # model.layers.0.self_attn (modeling_llama.py:243)
+class LlamaAttention(nn.Module):  # model.layers.0.self_attn (modeling_llama.py:244)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32, bias=False)
@@ -77,7 +77,7 @@ class LlamaMLP(nn.Module):  # model.layers.0.mlp (modeling_llama.py:164)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # f32[2, 16, 32]
 
 
-class LlamaDecoderLayerHead(nn.Module):  # the beginning of model.layers.0 (modeling_llama.py:64)
+class LlamaDecoderLayerHead(nn.Module):  # the beginning of model.layers.0 (modeling_llama.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.input_layernorm = LlamaRMSNorm()
@@ -106,7 +106,6 @@ class Stage(nn.Module):
         rows = torch.arange(16, device=input_ids.device)[None, None, :, None]  # i64[1, 1, 16, 1]
         columns = torch.arange(16, device=input_ids.device)[None, None, None]  # i64[1, 1, 1, 16]
         mask = (columns <= rows) & mask[batch, columns]  # bool[2, 1, 16, 16]
-        with torch.no_grad():
-            cos, sin = self.model.rotary_emb(positions)  # f32[1, 16, 8] each
+        cos, sin = self.model.rotary_emb(positions)  # f32[1, 16, 8] each
         x, mlp = self.model.layers[0](embed_tokens, cos, sin, mask)  # f32[2, 16, 32] each
         return mask, cos, sin, x, mlp

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LlamaRMSNorm(nn.Module):  # model.layers.1.input_layernorm and 2 more (modeling_llama.py:64)
+class LlamaRMSNorm(nn.Module):  # model.layers.1.input_layernorm and 2 more (modeling_llama.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(32))
@@ -31,7 +31,7 @@ class LlamaRMSNorm(nn.Module):  # model.layers.1.input_layernorm and 2 more (mod
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())  # f32[2, 16, 32]
 
 
-class LlamaAttention(nn.Module):  # model.layers.1.self_attn (modeling_llama.py:243)
+class LlamaAttention(nn.Module):  # model.layers.1.self_attn (modeling_llama.py:244)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32, bias=False)
@@ -64,7 +64,7 @@ class LlamaMLP(nn.Module):  # model.layers.1.mlp (modeling_llama.py:164)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # f32[2, 16, 32]
 
 
-class LlamaDecoderLayer(nn.Module):  # model.layers.1 (modeling_llama.py:64)
+class LlamaDecoderLayer(nn.Module):  # model.layers.1 (modeling_llama.py:65)
     def __init__(self) -> None:
         super().__init__()
         self.input_layernorm = LlamaRMSNorm()
@@ -77,7 +77,7 @@ class LlamaDecoderLayer(nn.Module):  # model.layers.1 (modeling_llama.py:64)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaModelTail(nn.Module):  # the end of model (modeling_llama.py:312)
+class LlamaModelTail(nn.Module):  # the end of model (modeling_llama.py:314)
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({"1": LlamaDecoderLayer()})

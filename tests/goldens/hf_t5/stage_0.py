@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class T5LayerNorm(nn.Module):  # encoder.block.0.layer.0-1.layer_norm and 3 more (modeling_t5.py:65)
+class T5LayerNorm(nn.Module):  # encoder.block.0.layer.0-1.layer_norm and 3 more (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(32))
@@ -36,7 +36,7 @@ class T5LayerNorm(nn.Module):  # encoder.block.0.layer.0-1.layer_norm and 3 more
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())
 
 
-class T5Attention(nn.Module):  # encoder.block.0.layer.0.SelfAttention (modeling_t5.py:304)
+class T5Attention(nn.Module):  # encoder.block.0.layer.0.SelfAttention (modeling_t5.py:306)
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(32, 32, bias=False)
@@ -68,7 +68,7 @@ class T5Attention(nn.Module):  # encoder.block.0.layer.0.SelfAttention (modeling
         return relative_attention_bias, o
 
 
-class T5LayerSelfAttention(nn.Module):  # encoder.block.0.layer.0 (modeling_t5.py:65)
+class T5LayerSelfAttention(nn.Module):  # encoder.block.0.layer.0 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -80,7 +80,7 @@ class T5LayerSelfAttention(nn.Module):  # encoder.block.0.layer.0 (modeling_t5.p
         return relative_attention_bias, x + self.dropout(o)
 
 
-class T5DenseActDense(nn.Module):  # encoder.block.0-1.layer.1.DenseReluDense (modeling_t5.py:84)
+class T5DenseActDense(nn.Module):  # encoder.block.0-1.layer.1.DenseReluDense (modeling_t5.py:85)
     def __init__(self) -> None:
         super().__init__()
         self.wi = nn.Linear(32, 64, bias=False)
@@ -92,7 +92,7 @@ class T5DenseActDense(nn.Module):  # encoder.block.0-1.layer.1.DenseReluDense (m
         return self.wo(self.dropout(self.act(self.wi(x))))  # f32[2, 32, 32]
 
 
-class T5LayerFF(nn.Module):  # encoder.block.0-1.layer.1 (modeling_t5.py:65)
+class T5LayerFF(nn.Module):  # encoder.block.0-1.layer.1 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -103,7 +103,7 @@ class T5LayerFF(nn.Module):  # encoder.block.0-1.layer.1 (modeling_t5.py:65)
         return x + self.dropout(self.DenseReluDense(self.layer_norm(x)))  # f32[2, 32, 32]
 
 
-class T5Block(nn.Module):  # encoder.block.0 (modeling_t5.py:65)
+class T5Block(nn.Module):  # encoder.block.0 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList([T5LayerSelfAttention(), T5LayerFF()])
@@ -113,7 +113,7 @@ class T5Block(nn.Module):  # encoder.block.0 (modeling_t5.py:65)
         return relative_attention_bias, self.layer[1](x)
 
 
-class T5Attention2(nn.Module):  # encoder.block.1.layer.0.SelfAttention (modeling_t5.py:304)
+class T5Attention2(nn.Module):  # encoder.block.1.layer.0.SelfAttention (modeling_t5.py:306)
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(32, 32, bias=False)
@@ -132,7 +132,7 @@ class T5Attention2(nn.Module):  # encoder.block.1.layer.0.SelfAttention (modelin
         return self.o(y.transpose(1, 2).contiguous().reshape(2, 32, -1))  # f32[2, 32, 32]
 
 
-class T5LayerSelfAttention2(nn.Module):  # encoder.block.1.layer.0 (modeling_t5.py:65)
+class T5LayerSelfAttention2(nn.Module):  # encoder.block.1.layer.0 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -144,7 +144,7 @@ class T5LayerSelfAttention2(nn.Module):  # encoder.block.1.layer.0 (modeling_t5.
         return x + self.dropout(self_attention)
 
 
-class T5Block2(nn.Module):  # encoder.block.1 (modeling_t5.py:65)
+class T5Block2(nn.Module):  # encoder.block.1 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList([T5LayerSelfAttention2(), T5LayerFF()])
@@ -154,7 +154,7 @@ class T5Block2(nn.Module):  # encoder.block.1 (modeling_t5.py:65)
         return self.layer[1](x)
 
 
-class T5Stack(nn.Module):  # encoder (modeling_t5.py:678)
+class T5Stack(nn.Module):  # encoder (modeling_t5.py:683)
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(64, 32)
@@ -168,7 +168,7 @@ class T5Stack(nn.Module):  # encoder (modeling_t5.py:678)
         return self.dropout(x)
 
 
-# the beginning of decoder.block.0.layer.0 (modeling_t5.py:65)
+# the beginning of decoder.block.0.layer.0 (modeling_t5.py:66)
 class T5LayerSelfAttentionHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class T5LayerSelfAttentionHead(nn.Module):
         return y, q, k, positions2 - positions
 
 
-# the middle of decoder.block.0-1.layer.1 (modeling_t5.py:325)
+# the middle of decoder.block.0-1.layer.1 (modeling_t5.py:327)
 class T5LayerCrossAttentionMiddle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class T5LayerCrossAttentionMiddle(nn.Module):
         return k, self.EncDecAttention.v(x).view(2, 32, -1, 8)
 
 
-class T5BlockHead(nn.Module):  # the beginning of decoder.block.0 (modeling_t5.py:65)
+class T5BlockHead(nn.Module):  # the beginning of decoder.block.0 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList([T5LayerSelfAttentionHead(), T5LayerCrossAttentionMiddle()])
@@ -210,7 +210,7 @@ class T5BlockHead(nn.Module):  # the beginning of decoder.block.0 (modeling_t5.p
         return x, q, k, positions, k2, v
 
 
-class T5BlockMiddle(nn.Module):  # the middle of decoder.block.1 (modeling_t5.py:325)
+class T5BlockMiddle(nn.Module):  # the middle of decoder.block.1 (modeling_t5.py:327)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleDict({"1": T5LayerCrossAttentionMiddle()})
@@ -219,7 +219,7 @@ class T5BlockMiddle(nn.Module):  # the middle of decoder.block.1 (modeling_t5.py
         return self.layer["1"](x)  # f32[2, 32, 4, 8] each
 
 
-class T5StackHead(nn.Module):  # the beginning of decoder (modeling_t5.py:678)
+class T5StackHead(nn.Module):  # the beginning of decoder (modeling_t5.py:683)
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(64, 32)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# the end of decoder.block.0.layer.0 (modeling_t5.py:304)
+# the end of decoder.block.0.layer.0 (modeling_t5.py:306)
 class T5LayerSelfAttentionTail(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class T5LayerSelfAttentionTail(nn.Module):
         return relative_attention_bias, x3 + self.dropout(o)
 
 
-class T5LayerNorm(nn.Module):  # decoder.block.0.layer.1-2.layer_norm and 2 more (modeling_t5.py:65)
+class T5LayerNorm(nn.Module):  # decoder.block.0.layer.1-2.layer_norm and 2 more (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(32))
@@ -70,7 +70,7 @@ class T5LayerNorm(nn.Module):  # decoder.block.0.layer.1-2.layer_norm and 2 more
         return self.weight * (x * ((x**2).mean(-1, keepdim=True) + 1e-06).rsqrt())  # f32[2, 8, 32]
 
 
-# the beginning of decoder.block.0.layer.1 (modeling_t5.py:65)
+# the beginning of decoder.block.0.layer.1 (modeling_t5.py:66)
 class T5LayerCrossAttentionHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class T5LayerCrossAttentionHead(nn.Module):
         return zeros, x + self.dropout(o)
 
 
-class T5DenseActDense(nn.Module):  # decoder.block.0-1.layer.2.DenseReluDense (modeling_t5.py:84)
+class T5DenseActDense(nn.Module):  # decoder.block.0-1.layer.2.DenseReluDense (modeling_t5.py:85)
     def __init__(self) -> None:
         super().__init__()
         self.wi = nn.Linear(32, 64, bias=False)
@@ -103,7 +103,7 @@ class T5DenseActDense(nn.Module):  # decoder.block.0-1.layer.2.DenseReluDense (m
         return self.wo(self.dropout(self.act(self.wi(x))))  # f32[2, 8, 32]
 
 
-class T5LayerFF(nn.Module):  # decoder.block.0-1.layer.2 (modeling_t5.py:65)
+class T5LayerFF(nn.Module):  # decoder.block.0-1.layer.2 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -114,7 +114,7 @@ class T5LayerFF(nn.Module):  # decoder.block.0-1.layer.2 (modeling_t5.py:65)
         return x + self.dropout(self.DenseReluDense(self.layer_norm(x)))  # f32[2, 8, 32]
 
 
-class T5BlockTail(nn.Module):  # the end of decoder.block.0 (modeling_t5.py:304)
+class T5BlockTail(nn.Module):  # the end of decoder.block.0 (modeling_t5.py:306)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
@@ -129,7 +129,7 @@ class T5BlockTail(nn.Module):  # the end of decoder.block.0 (modeling_t5.py:304)
         return relative_attention_bias, zeros, self.layer[2](x)
 
 
-class T5Attention(nn.Module):  # decoder.block.1.layer.0.SelfAttention (modeling_t5.py:304)
+class T5Attention(nn.Module):  # decoder.block.1.layer.0.SelfAttention (modeling_t5.py:306)
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(32, 32, bias=False)
@@ -154,7 +154,7 @@ class T5Attention(nn.Module):  # decoder.block.1.layer.0.SelfAttention (modeling
         return self.o(y.transpose(1, 2).contiguous().reshape(2, 8, -1))  # f32[2, 8, 32]
 
 
-class T5LayerSelfAttention(nn.Module):  # decoder.block.1.layer.0 (modeling_t5.py:65)
+class T5LayerSelfAttention(nn.Module):  # decoder.block.1.layer.0 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer_norm = T5LayerNorm()
@@ -166,7 +166,7 @@ class T5LayerSelfAttention(nn.Module):  # decoder.block.1.layer.0 (modeling_t5.p
         return x + self.dropout(self_attention)
 
 
-# the beginning of decoder.block.1.layer.1 (modeling_t5.py:65)
+# the beginning of decoder.block.1.layer.1 (modeling_t5.py:66)
 class T5LayerCrossAttentionHead2(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class T5LayerCrossAttentionHead2(nn.Module):
         return x + self.dropout(o)
 
 
-class T5BlockHead(nn.Module):  # the beginning of decoder.block.1 (modeling_t5.py:65)
+class T5BlockHead(nn.Module):  # the beginning of decoder.block.1 (modeling_t5.py:66)
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
@@ -201,7 +201,7 @@ class T5BlockHead(nn.Module):  # the beginning of decoder.block.1 (modeling_t5.p
         return self.layer[2](x)
 
 
-class T5StackTail(nn.Module):  # the end of decoder (modeling_t5.py:304)
+class T5StackTail(nn.Module):  # the end of decoder (modeling_t5.py:306)
     def __init__(self) -> None:
         super().__init__()
         self.block = nn.ModuleList([T5BlockTail(), T5BlockHead()])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class WhisperAttention(nn.Module):  # model.encoder.layers.0.self_attn (modeling_whisper.py:310)
+class WhisperAttention(nn.Module):  # model.encoder.layers.0.self_attn (modeling_whisper.py:312)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
@@ -41,7 +41,7 @@ class WhisperAttention(nn.Module):  # model.encoder.layers.0.self_attn (modeling
         return self.out_proj(y.contiguous().reshape(2, 20, -1))  # f32[2, 20, 32]
 
 
-class WhisperEncoderLayer(nn.Module):  # model.encoder.layers.0 (modeling_whisper.py:394)
+class WhisperEncoderLayer(nn.Module):  # model.encoder.layers.0 (modeling_whisper.py:396)
     def __init__(self) -> None:
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(32)
@@ -56,7 +56,7 @@ class WhisperEncoderLayer(nn.Module):  # model.encoder.layers.0 (modeling_whispe
         return x + F.dropout(fc2, 0.0)
 
 
-# the beginning of model.encoder.layers.1 (modeling_whisper.py:394)
+# the beginning of model.encoder.layers.1 (modeling_whisper.py:396)
 class WhisperEncoderLayerHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class WhisperEncoderLayerHead(nn.Module):
         return x, y.transpose(1, 2).contiguous()
 
 
-class WhisperEncoderHead(nn.Module):  # the beginning of model.encoder (modeling_whisper.py:615)
+class WhisperEncoderHead(nn.Module):  # the beginning of model.encoder (modeling_whisper.py:617)
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(80, 32, 3, padding=1)
@@ -86,7 +86,7 @@ class WhisperEncoderHead(nn.Module):  # the beginning of model.encoder (modeling
         return x, y, z
 
 
-# model.decoder.embed_positions (modeling_whisper.py:213)
+# model.decoder.embed_positions (modeling_whisper.py:214)
 class WhisperPositionalEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class WhisperPositionalEmbedding(nn.Module):
         return self.weight[positions]  # f32[2, 12, 32]
 
 
-class WhisperAttention2(nn.Module):  # model.decoder.layers.0.self_attn (modeling_whisper.py:310)
+class WhisperAttention2(nn.Module):  # model.decoder.layers.0.self_attn (modeling_whisper.py:312)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
@@ -113,7 +113,7 @@ class WhisperAttention2(nn.Module):  # model.decoder.layers.0.self_attn (modelin
         return self.out_proj(y.transpose(1, 2).contiguous().reshape(2, 12, -1))  # f32[2, 12, 32]
 
 
-# the beginning of model.decoder.layers.0 (modeling_whisper.py:472)
+# the beginning of model.decoder.layers.0 (modeling_whisper.py:475)
 class WhisperDecoderLayerHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class WhisperDecoderLayerHead(nn.Module):
         return x, y.contiguous()
 
 
-class WhisperDecoderHead(nn.Module):  # the beginning of model.decoder (modeling_whisper.py:734)
+class WhisperDecoderHead(nn.Module):  # the beginning of model.decoder (modeling_whisper.py:737)
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(64, 32, padding_idx=63)
@@ -147,15 +147,14 @@ class WhisperDecoderHead(nn.Module):  # the beginning of model.decoder (modeling
         batch = torch.arange(2, device=zeros.device)[:, None, None, None]  # i64[2, 1, 1, 1]
         rows = positions2[None, None, :, None]  # i64[1, 1, 12, 1]
         columns = positions3[None, None, None]  # i64[1, 1, 1, 12]
-        mask = sums[batch, rows] == sums[batch, columns]  # bool[2, 1, 12, 12]
         positions2 = positions[batch, rows]  # i64[2, 1, 12, 1]
         positions = positions[batch, columns]  # i64[2, 1, 1, 12]
-        mask = mask & (positions <= positions2)  # bool[2, 1, 12, 12]
+        mask = (positions <= positions2) & (sums[batch, rows] == sums[batch, columns])
         x, y = self.layers[0](x, mask)
         return mask, x, y
 
 
-class WhisperModelHead(nn.Module):  # the beginning of model (modeling_whisper.py:615)
+class WhisperModelHead(nn.Module):  # the beginning of model (modeling_whisper.py:617)
     def __init__(self) -> None:
         super().__init__()
         self.encoder = WhisperEncoderHead()

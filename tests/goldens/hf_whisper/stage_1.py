@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# the end of model.encoder.layers.1 (modeling_whisper.py:334)
+# the end of model.encoder.layers.1 (modeling_whisper.py:336)
 class WhisperEncoderLayerTail(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class WhisperEncoderLayerTail(nn.Module):
         return x + F.dropout(fc2, 0.0)
 
 
-class WhisperEncoderTail(nn.Module):  # the end of model.encoder (modeling_whisper.py:334)
+class WhisperEncoderTail(nn.Module):  # the end of model.encoder (modeling_whisper.py:336)
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({"1": WhisperEncoderLayerTail()})
@@ -55,7 +55,7 @@ class WhisperEncoderTail(nn.Module):  # the end of model.encoder (modeling_whisp
         return self.layer_norm(self.layers["1"](x, x2, x3))  # f32[2, 20, 32]
 
 
-# the end of model.decoder.layers.0 (modeling_whisper.py:334)
+# the end of model.decoder.layers.0 (modeling_whisper.py:336)
 class WhisperDecoderLayerTail(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class WhisperDecoderLayerTail(nn.Module):
         return x + F.dropout(fc2, 0.0)
 
 
-class WhisperAttention(nn.Module):  # model.decoder.layers.1.self_attn (modeling_whisper.py:310)
+class WhisperAttention(nn.Module):  # model.decoder.layers.1.self_attn (modeling_whisper.py:312)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
@@ -95,7 +95,7 @@ class WhisperAttention(nn.Module):  # model.decoder.layers.1.self_attn (modeling
         return self.out_proj(y.transpose(1, 2).contiguous().reshape(2, 12, -1))  # f32[2, 12, 32]
 
 
-class WhisperAttention2(nn.Module):  # model.decoder.layers.1.encoder_attn (modeling_whisper.py:310)
+class WhisperAttention2(nn.Module):  # model.decoder.layers.1.encoder_attn (modeling_whisper.py:312)
     def __init__(self) -> None:
         super().__init__()
         self.q_proj = nn.Linear(32, 32)
@@ -112,7 +112,7 @@ class WhisperAttention2(nn.Module):  # model.decoder.layers.1.encoder_attn (mode
         return self.out_proj(y.contiguous().reshape(2, 12, -1))  # f32[2, 12, 32]
 
 
-class WhisperDecoderLayer(nn.Module):  # model.decoder.layers.1 (modeling_whisper.py:472)
+class WhisperDecoderLayer(nn.Module):  # model.decoder.layers.1 (modeling_whisper.py:475)
     def __init__(self) -> None:
         super().__init__()
         self.self_attn_layer_norm = nn.LayerNorm(32)
@@ -131,7 +131,7 @@ class WhisperDecoderLayer(nn.Module):  # model.decoder.layers.1 (modeling_whispe
         return x + F.dropout(fc2, 0.0)
 
 
-class WhisperDecoderTail(nn.Module):  # the end of model.decoder (modeling_whisper.py:334)
+class WhisperDecoderTail(nn.Module):  # the end of model.decoder (modeling_whisper.py:336)
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([WhisperDecoderLayerTail(), WhisperDecoderLayer()])
@@ -142,7 +142,7 @@ class WhisperDecoderTail(nn.Module):  # the end of model.decoder (modeling_whisp
         return self.layer_norm(self.layers[1](x, mask, encoder))
 
 
-class WhisperModelTail(nn.Module):  # the end of model (modeling_whisper.py:334)
+class WhisperModelTail(nn.Module):  # the end of model (modeling_whisper.py:336)
     def __init__(self) -> None:
         super().__init__()
         self.encoder = WhisperEncoderTail()
