@@ -267,6 +267,8 @@ class _Stage:
         # How many batches have come so far.
         self.closed = self.gathered = self.normed = self.updated = self.merged = pipe.first
         self.into, self.out = pipe.inbound(stage), pipe.outbound(stage)
+        self.from_each = {flow: _by_source(channels) for flow, channels in self.into.items()}
+        self.due = self._due()
 
     def runs(self, microbatch: int) -> bool:
         batch = microbatch // self.pipe.microbatches
@@ -377,8 +379,7 @@ class _Stage:
 
     def receive(self, flow: Flow, index: int) -> Iterator[Action]:
         """Post what message `index` and those posted ahead of it still lack."""
-        for source in dict.fromkeys(channel.source for channel in self.into[flow]):
-            same = [channel for channel in self.into[flow] if channel.source == source]
+        for same in self.from_each[flow]:
             message = self.posted.get(same[0], self.pipe.first * self.pipe.microbatches)
             while message <= index + same[0].distance + self.pipe.extra and self.runs(message):
                 yield from (Action(Kind.RECEIVE, message, channel=channel) for channel in same)
@@ -386,17 +387,29 @@ class _Stage:
             self.posted[same[0]] = message
 
     def receive_of_batch(self, i: int) -> Iterator[Action]:
-        """Later stages finish a batch earlier: post that much ahead what they send then."""
         batch, offset = divmod(i, self.pipe.microbatches)
-        last = self.pipe.microbatches - 1
+        for channel in self.due.get(offset, ()):
+            yield Action(Kind.RECEIVE, batch, channel=channel)
+
+    def _due(self) -> dict[int, list[Channel]]:
+        """What comes once per batch, by the microbatch before whose backward it is posted.
+
+        Later stages finish a batch earlier: post that much ahead what they send then.
+        """
+        last, due = self.pipe.microbatches - 1, dict[int, list[Channel]]()
         for channel in (c for f in Flow for c in self.into[f] if c.per_batch):
             ahead = min(max(channel.source - self.stage, 0), last)
             if channel.flow is Flow.LOSS:
                 ahead = last  # it comes before the backwards
             elif channel.flow is Flow.TIED and self.pipe.late:
                 ahead = 0  # it is large, and comes while the next batch runs
-            if last - offset == ahead:
-                yield Action(Kind.RECEIVE, batch, channel=channel)
+            due.setdefault(last - ahead, []).append(channel)
+        return due
+
+
+def _by_source(channels: list[Channel]) -> list[list[Channel]]:
+    sources = dict.fromkeys(channel.source for channel in channels)
+    return [[channel for channel in channels if channel.source == source] for source in sources]
 
 
 def show(pipe: Pipeline) -> str:

@@ -23,11 +23,11 @@ def map_tensors(value: Any, function: Callable[[str, Tensor], Any], name: str = 
     """
     if isinstance(value, Tensor):
         return function(name, value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(item, function, str(key)) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         items = [map_tensors(item, function, name) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function, str(key)) for key, item in value.items()}
     if isinstance(value, _PLAIN):
         return value
     raise ModelError(

@@ -162,7 +162,7 @@ def _unshared(gradients: dict[str, Tensor], adopted: Sequence[Tensor]) -> dict[s
     """Autograd may give an argument and a parameter gradients that share memory, and the
     parameter's is added to while the argument's is still being sent. It does so in the backward in
     which a parameter adopts its gradient; later ones are added to that."""
-    places = {_place(gradient) for gradient in adopted}
+    places = {_place(gradient) for gradient in adopted} if gradients else set()
     return {
         name: gradient.clone() if _place(gradient) in places else gradient
         for name, gradient in gradients.items()

@@ -1,5 +1,6 @@
 """The worker: performs the actions of one rank's schedule."""
 
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -224,14 +225,14 @@ class Worker:
         if index < self.pipeline.microbatches - 1:
             return
         losses, self.losses = torch.stack(self.losses), []
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if bad:
+        loss = losses.sum() / (self.pipeline.microbatches * self.width)
+        if not math.isfinite(loss.item()):
+            bad = next((i for i, one in enumerate(losses.tolist()) if not math.isfinite(one)), 0)
             raise LossError(
-                f"the loss is {losses[bad[0]].item()} at step {batch + 1}, microbatch {bad[0]} "
+                f"the loss is {losses[bad].item()} at step {batch + 1}, microbatch {bad} "
                 f"of replica {self.replica} (stage {self.stage.index}); that step changed no "
                 f"weights; a lower learning rate is the usual cure"
             )
-        loss = losses.sum() / (self.pipeline.microbatches * self.width)
         for channel in self.outbound[Flow.LOSS]:
             self.leaving[channel] = loss
         if not self.outbound[Flow.LOSS]:  # it is reported here
