@@ -32,6 +32,7 @@ Scheme = Literal["inter", "gpipe", "flush", "2bw"]
 # Bytes per parameter of the paper's code: an fp16 weight and gradient (4), an fp32 weight and
 # gradient (8), Adam's moments (8). Of these 2BW doubles the fp32 weight.
 WEIGHT, GRADIENT, STATE = 4, 6, 10
+FP16_GRADIENT = 2  # the part of GRADIENT that an update begins without, and its backwards make
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +136,19 @@ def stage_bytes(
     """Memory of a stage. With recomputation each layer keeps its input, and one is made again."""
     per_parameter = WEIGHT * (2 if scheme == "2bw" else 1) + GRADIENT + STATE
     kept_at = {"inter": 1, "gpipe": microbatches}.get(scheme, min(depth - stage, microbatches))
-    layers = model.layers // depth
-    layer = model.between_bytes if again else model.layer_bytes
-    sample = layers * layer + (stage == depth - 1) * model.logits_bytes
+    layers = model.layers // depth * (model.between_bytes if again else model.layer_bytes)
+    sample = layers + (stage == depth - 1) * model.logits_bytes
     working = again * model.layer_bytes  # of the layer that is computed again
     # The gradient of the logits, in fp32.
     working += (stage == depth - 1) * 4 * TOKENS * model.vocab
-    fixed = stage_parameters(model, depth, stage) * per_parameter
-    return fixed + size * (kept_at * sample + working)
+    parameters = stage_parameters(model, depth, stage)
+    fullest = parameters * per_parameter + size * (kept_at * sample + working)
+    if scheme in ("flush", "2bw"):
+        return fullest
+    # Here no backward comes before the last forward. Most is kept at the first backward, which
+    # finds no fp16 gradients; at the last one they are all there, and one microbatch.
+    at_last = parameters * per_parameter + size * (layers + again * model.layer_bytes)
+    return max(fullest - FP16_GRADIENT * parameters, at_last)
 
 
 def worst_bytes(model: Model, depth: int, scheme: Scheme, microbatches: int) -> int:
@@ -150,8 +156,8 @@ def worst_bytes(model: Model, depth: int, scheme: Scheme, microbatches: int) -> 
 
 
 def fitting(model: Model, depth: int, microbatches: int) -> int:
-    """How many microbatches GPipe can take between two flushes."""
-    counts = [m for m in range(1, microbatches + 1) if microbatches % m == 0]
+    """How many microbatches GPipe can take between two flushes. Each flush ends in an update."""
+    counts = range(1, microbatches + 1)
     return max(m for m in counts if worst_bytes(model, depth, "gpipe", m) <= DEVICE.usable_bytes)
 
 
@@ -387,34 +393,35 @@ it, that GPT with 355M parameters sustains 45 TFLOP/s on one V100: matrix produc
 what is predicted. As in the paper's runs every stage has equally many layers (the last also the
 head, a copy of the embedding), all recompute, and microbatches have {MICROBATCH} samples, which is
 what the paper's own script runs; GPipe flushes, and updates, after as many as fit, and inter-layer
-parallelism after each. The paper's figures have no numbers: theirs were read from the bars, to
-about one unit.
+parallelism after each, as in the paper's code: only so are GPipe's bars flat in the batch. The
+paper's figures have no numbers: theirs were read from the bars, to about one unit.
 
 ## Ratios that the paper prints
 
 {_table("ratio | paper | ours | difference", ratios())}
 
-2BW over GPipe is too high. There the paper's GPipe does 38 sequences per second and ours 40, but
-its 2BW 127 to 135 and ours 165: on 64 GPUs it loses a quarter that this model does not foresee.
-(Its runtime waits for every message, and casts weights to fp16 anew, up to twice per microbatch.)
+All are some percent high: under 2BW the paper's devices never rest, and what its runtime spends
+beside computing shows most there. It waits for every message, and casts weights to fp16 anew, up to
+twice per microbatch.
 
 ## Throughput, sequences per second (paper / ours)
 
 {_table("figure | model | stages x replicas | batch | inter-layer | GPipe | Flush | 2BW", speeds())}
 
-On one server all are within 15 %, and most are low: larger products are faster than those of the
-355M model. On 64 GPUs ours are up to half as fast again: messages overlap with computing here, and
-the network between servers is taken to give what its data sheet says. Inter-layer parallelism of
-GPT 2.2B on 64 GPUs is read as 11, of BERT of the same size as 30; ours is 31 and 32.
+On one server all are within 15 %, but for GPipe of BERT, of which more microbatches fit here; most
+are low: larger products are faster than those of the 355M model. On 64 GPUs ours are up to 1.6
+times the paper's: messages overlap with computing here, and the network between servers is taken
+to give what its data sheet says. Inter-layer parallelism of GPT 2.2B on 64 GPUs is read as 11, of
+BERT of the same size as 30; ours is 31 and 32.
 
 ## Memory of the fullest of 8 GPUs, GB (paper / ours)
 
 {_table("figure | model | batch | inter-layer | GPipe | Flush | 2BW", memories())}
 
 Bytes per parameter are those of the paper's code in mixed precision: 20, and 24 under 2BW, which
-keeps two fp32 weights. All are within 1 GB but one: GPT under inter-layer parallelism has 1.6 GB
-less in the paper. That is 4 bytes for each parameter of the last stage; with one microbatch per
-update nothing is accumulated, and fp32 gradients need not be there while activations are.
+keeps two fp32 weights. It drops the fp16 gradients when an update begins; so under GPipe and
+inter-layer parallelism, where all forwards come first, 18 are there when most activations are. All
+are within 1 GB.
 
 ## Decisions
 
@@ -422,6 +429,10 @@ update nothing is accumulated, and fp32 gradients need not be there while activa
 
 The planner is p2bw's own search over depths, with the bytes above and a second set of gradients,
 which its runtime keeps where replicas are summed late. That the paper's 2.2B model is faster with
-recomputation at microbatch 16 than without at 1 is nothing that this model can know: it has small
-matrix products as fast as large ones. `p2bw profile` measures them.
+recomputation at microbatch 16 (43 sequences per second) than without at 1 (29), and its 1.3B model
+as fast at 16 with as at 4 without, is nothing that this model can know: it has small products as
+fast as large ones. Figure 12 tells why they are not. At microbatch 1 its four bars (31 and 40
+sequences per second of the 1.3B model with and without, 22 and 29 of the 2.2B) are all 2.7 to 2.9
+ms for each layer and pass, whatever the layer's width: the time to launch it, not to compute it.
+`p2bw profile` measures that on the device at hand.
 """

@@ -7,10 +7,6 @@ import paper
 import pytest
 from corpus import ROOT
 
-# What is known to be missed (docs/paper.md says why), and by how much.
-MISSED_RATIO = {"2BW over GPipe, GPT 3.8B, 64 GPUs": 0.31}
-MISSED_GB = {("7", "inter"): 1.8}
-
 
 def test_the_calibration_is_the_one_figure_that_is_given() -> None:
     model = paper.GPT_355M
@@ -32,7 +28,7 @@ def test_the_models_have_the_paper_s_sizes(model: paper.Model, billions: float) 
 def test_ratios_are_within_20_percent_of_the_printed_ones(
     what: str, printed: float, shape: tuple[paper.Model, int, int, int], scheme: paper.Scheme
 ) -> None:
-    assert paper.ratio(shape, scheme) == pytest.approx(printed, rel=MISSED_RATIO.get(what, 0.2))
+    assert paper.ratio(shape, scheme) == pytest.approx(printed, rel=0.2)
 
 
 @pytest.mark.parametrize(("figure", "model", "batch", "read"), paper.MEMORY)
@@ -45,8 +41,17 @@ def test_memory_is_within_a_gigabyte_of_the_figures(
             assert found > paper.DEVICE.usable_bytes
         else:
             assert found <= paper.DEVICE.usable_bytes
-            within = MISSED_GB.get((figure, scheme), 1.0)
-            assert found / paper.GB == pytest.approx(seen, abs=within)
+            assert found / paper.GB == pytest.approx(seen, abs=1.0)
+
+
+def test_gpipe_takes_on_as_much_as_fits() -> None:
+    model = paper.GPT_3_8B
+    m = paper.fitting(model, 16, 64)
+    fits = [
+        paper.worst_bytes(model, 16, "gpipe", n) <= paper.DEVICE.usable_bytes for n in (m, m + 1)
+    ]
+    assert fits == [True, False]
+    assert paper.fitting(model, 16, m - 1) == m - 1
 
 
 @pytest.mark.parametrize(("model", "depth"), [(paper.GPT_2_2B, 8), (paper.GPT_3_8B, 16)])
