@@ -40,6 +40,9 @@ class Device:
     matmul_fraction: Fraction = 0.55
     bandwidth_fraction: Fraction = 0.8
     op_overhead_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-6  # one kernel launch
+    # What the runtime takes of a core for each microbatch, where that core computes, too. It then
+    # also copies the messages that it sends, at the rate of `link`.
+    runtime_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     # CUDA context, NCCL's buffers and cuBLAS workspaces; then what the caching allocator loses.
     context_bytes: Annotated[int, Field(ge=0)] = 512 * MIB
     lost_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03

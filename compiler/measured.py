@@ -48,6 +48,7 @@ class DeviceProfile(Data):
     matmuls: Annotated[tuple[Matmul, ...], Field(min_length=1)]
     bandwidth: Rate  # bytes/s, read and written, of a large copy
     op_overhead_s: Seconds  # of one small operator, called from Python
+    runtime_s: Seconds = 0.0  # that the runtime takes of a core itself for each microbatch
     link: Rate | None = None  # bytes/s between two processes, one way; None: there is no peer
     latency_s: Seconds = 0.0  # of a small message between them
     backend: str | None = None  # "gloo", "nccl"
@@ -66,6 +67,7 @@ class DeviceProfile(Data):
             matmul_fraction=1.0,
             bandwidth_fraction=1.0,
             op_overhead_s=self.op_overhead_s,
+            runtime_s=self.runtime_s,
             context_bytes=(512 if self.type == "cuda" else 256) * MIB,
             sources=(
                 f"p2bw profile, torch {self.torch_version}, {several(self.threads, 'thread')}",

@@ -114,6 +114,9 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """Plain data for plan.json."""
         data: dict[str, Any] = _TOPOLOGY.dump_python(self, mode="json")
+        for device in (data["device"], *(run["device"] for run in data["more"])):
+            if not device["runtime_s"]:  # only a profile knows it
+                del device["runtime_s"]
         return {key: value for key, value in data.items() if key not in _RARE or value}
 
     @staticmethod

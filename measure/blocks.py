@@ -2,14 +2,14 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, median
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from p2bw.compiler.kinds import block_kind
 from p2bw.compiler.measured import Check, Kind, Timing
@@ -19,6 +19,7 @@ from p2bw.measure.cache import Cache
 from p2bw.measure.device import clock, free_bytes, synchronize
 from p2bw.measure.segment import Segment, Spans
 from p2bw.measure.tensors import Tensors
+from p2bw.measure.training import VERSIONS, Training
 from p2bw.modelfile.load import ModelFile
 
 _WARM_UP = 2
@@ -46,7 +47,11 @@ class Measured:
 
 def fits(program: Program, device: torch.device, processes: int) -> bool:
     """Whether a whole step of the model has room on the device, and in those beside it."""
-    weights = sum(p.type.bytes * (2 if p.trainable else 1) for p in program.parameters.values())
+    # Of what is trained also a gradient, another version and what an optimizer such as Adam keeps.
+    copies = 1 + VERSIONS + 2
+    weights = sum(
+        p.type.bytes * (copies if p.trainable else 1) for p in program.parameters.values()
+    )
     buffers = sum(b.type.bytes for b in program.buffers.values())
     stash = sum(s.bytes for node in program.compute_nodes for s in program.fact(node, "saved"))
     sharing = processes if device.type == "cpu" else 1
@@ -109,25 +114,33 @@ def _layers(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
 
 def _measure(segment: Segment, tensors: Tensors) -> _Found:
     given = tensors.given(segment)
-    own = tensors.model.parameters() if tensors.model else given.values()
-    leaves = [tensor for tensor in own if tensor.requires_grad]
+    training = Training(tensors.file, tensors.model) if tensors.model else None
+
+    def next_update() -> Mapping[fx.Node, Tensor]:
+        """What the segment is given, of the next version; gradients are gone."""
+        if training:
+            training.update()
+            return tensors.given(segment)
+        for tensor in given.values():
+            tensor.grad = None
+        return given
+
     spans: list[Spans] = []
     wholes: list[float] = []
     for _ in range(_WARM_UP):
         start_s = time.perf_counter()
-        segment.run(given)
+        segment.run(next_update())
         synchronize(segment.device)
         once_s = time.perf_counter() - start_s
         if tensors.model:
             _own_step_s(tensors, segment.device)
     for _ in range(max(_LEAST_RUNS, min(_MOST_RUNS, round(_SECONDS / max(once_s, 1e-6)))) // 2):
         # Twice each, as in an update of two microbatches: the second one's gradients are added.
-        _clear(leaves)
-        spans += [segment.run(given), segment.run(given)]
-        if tensors.model:
-            _clear(leaves)
+        now = next_update()
+        spans += [segment.run(now), segment.run(now)]
+        if training:
+            training.update()
             wholes += [_own_step_s(tensors, segment.device), _own_step_s(tensors, segment.device)]
-    _clear(leaves)
     forward = _timings([run.forward for run in spans])
     backward = _timings([run.backward for run in spans])
     if not wholes:
@@ -147,11 +160,6 @@ def _own_step_s(tensors: Tensors, device: torch.device) -> float:
     tensors.file.call(tensors.model, inputs, targets).backward()  # type: ignore[no-untyped-call]
     synchronize(device)
     return now() - start_s
-
-
-def _clear(leaves: Iterable[Tensor]) -> None:
-    for leaf in leaves:
-        leaf.grad = None
 
 
 def _timings(runs: Sequence[tuple[float, ...]]) -> tuple[Timing, ...]:

@@ -21,6 +21,7 @@ from p2bw.measure.blocks import fits, measure_blocks
 from p2bw.measure.cache import Cache
 from p2bw.measure.device import choose_device, cores, device_name, measure_device, using_threads
 from p2bw.measure.links import measure_link
+from p2bw.measure.overhead import measure_overhead
 from p2bw.measure.twin import working_beside
 from p2bw.measure.updates import measure_updates
 from p2bw.modelfile.load import ModelFile, Setting, load_model_file
@@ -88,14 +89,16 @@ def _processes(device: torch.device, asked: int | None, threads: int) -> int:
 
 
 def _device(device: torch.device, threads: int, processes: int, cache: Cache) -> DeviceProfile:
-    kept = cache.get(DeviceProfile, ("device",))
+    kept = cache.get(DeviceProfile, ("device", "runtime"))
     if kept is None:
         kept = measure_device(device, threads, processes)
+        if device.type == "cpu":
+            kept = kept.model_copy(update={"runtime_s": measure_overhead()})
         if (link := measure_link(device)) is not None:
             bandwidth, latency_s, backend = link
             told = {"link": bandwidth, "latency_s": latency_s, "backend": backend}
             kept = kept.model_copy(update=told)
-        cache.put(("device",), kept)
+        cache.put(("device", "runtime"), kept)
     return kept
 
 

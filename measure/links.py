@@ -1,16 +1,11 @@
 """How fast two processes of this machine send tensors to each other: `measure_link`.
 
-Run as a module it is one of the two: python -m p2bw.measure.links RANK FOLDER BACKEND
+Run as a module it is one of the two.
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from datetime import timedelta
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -18,10 +13,10 @@ import torch.distributed as dist
 
 from p2bw.contract.plan import TensorSpec
 from p2bw.contract.schedule import Channel, Flow
+from p2bw.measure.pair import ask_two_processes, meet
 from p2bw.runtime.transport import DistributedTransport
 
 _MESSAGE = 1 << 24  # bytes; as large as activations are
-_TIMEOUT_S = 60
 
 
 def measure_link(device: torch.device) -> tuple[float, float, str] | None:
@@ -33,45 +28,15 @@ def measure_link(device: torch.device) -> tuple[float, float, str] | None:
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         return None
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with tempfile.TemporaryDirectory(prefix="p2bw-link-") as folder:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "p2bw.measure.links", str(rank), folder, backend],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-            for rank in range(2)
-        ]
-        try:
-            said = [rank.communicate(timeout=2 * _TIMEOUT_S)[0] for rank in ranks]
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    if any(rank.returncode for rank in ranks):
+    said = ask_two_processes("p2bw.measure.links", (), backend)
+    if said is None:
         return None
     bandwidth, latency_s = json.loads(said[0])
     return bandwidth, latency_s, backend
 
 
 def main() -> None:
-    rank, folder, backend = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=_TIMEOUT_S),
-    )
+    rank, device = meet(sys.argv[1:])
     small, large = (_one_way_s(device, size, times) for size, times in ((8, 50), (_MESSAGE, 9)))
     if rank == 0:
         print(json.dumps([_MESSAGE / max(large - small, 1e-9), small]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from p2bw.contract.errors import ResourceError
+from p2bw.measure.training import Training
 from p2bw.modelfile.load import ModelFile, load_model_file
 
 _READY = b"ready\n"
@@ -70,10 +71,12 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     file = load_model_file(Path(job["path"]), job["factory"], job["settings"], job["autocast"])
     model = file.model()
+    training = Training(file, model)
     inputs, targets = file.inputs(job["batch_size"]), file.targets(job["batch_size"])
     while True:
-        file.call(model, inputs, targets).backward()  # type: ignore[no-untyped-call]
-        model.zero_grad(set_to_none=True)
+        for _ in range(2):
+            file.call(model, inputs, targets).backward()  # type: ignore[no-untyped-call]
+        training.update()
         if number >= 0:
             sys.stdout.buffer.write(_READY)
             sys.stdout.flush()

@@ -169,17 +169,19 @@ class Engine:
         duration = duration * self.job.factors.get(rank, PPM) // PPM
         self.began[p] = now
         self._hold(p, action, now)
-        heapq.heappush(self.heap, (now + duration, _READY, p, 0))
+        own = self.job.own[stage].get(action.kind, 0)
+        heapq.heappush(self.heap, (now + duration + own, _READY, p, 0))
 
     def _finish(self, p: int, now: int) -> None:
         """A computation has ended."""
         began, action = self.began[p], self.steps[p % self.depth][self.at[p]].action
         assert began is not None
-        self.busy[p] += now - began
+        computed = now - self.job.own[p % self.depth].get(action.kind, 0)
+        self.busy[p] += computed - began
         self.began[p] = None
         if p == 0 and action.kind is Kind.FORWARD:
             self.last_forward = now
-        self._note(p, action, began, now)
+        self._note(p, action, began, computed)
         self._release(p, action, now)
         self.at[p] += 1
         self.taken[p] = 0

@@ -52,6 +52,7 @@ class Job:
     ranks: tuple[tuple[int, ...], ...]  # by stage and replica
     topology: Topology
     durations: tuple[Mapping[Kind, int], ...]  # by stage; none for what takes no time
+    own: tuple[Mapping[Kind, int], ...]  # by stage: what the runtime adds to a computation
     memory: tuple[StageMemory, ...]
     sizes: Mapping[Channel, int]  # bytes of a message
     ring: tuple[int, ...]  # by stage: bytes that each replica sends to the next to sum gradients
@@ -93,6 +94,7 @@ def make_job(
             _durations(pipe, plan, stage, given, memory[stage.index].gradients, topology)
             for stage, given in zip(plan.stages, times, strict=True)
         ),
+        own=tuple(_own(stage, topology) for stage in plan.stages),
         memory=memory,
         sizes=_sizes(pipe, plan),
         ring=tuple(-(-2 * (plan.width - 1) * own.gradients // plan.width) for own in memory),
@@ -151,6 +153,19 @@ def _durations(
         Kind.UPDATE: update - merge,
         Kind.MERGE: merge,
     }
+
+
+def _own(stage: Stage, topology: Topology) -> Mapping[Kind, int]:
+    """Where a core runs the runtime and computes, it does not compute meanwhile."""
+    forward = sum(transfer.bytes for transfer in stage.sends)
+    backward = sum(transfer.bytes for transfer in stage.receives if transfer.gradient)
+
+    def longest(sent: int) -> int:
+        devices = [topology.devices[rank] for rank in stage.devices]
+        seconds = [d.runtime_s / 2 + sent / d.link for d in devices if d.runtime_s]
+        return round(max(seconds, default=0.0) * PS)
+
+    return {Kind.FORWARD: longest(forward), Kind.BACKWARD: longest(backward)}
 
 
 def _sizes(pipe: Pipeline, plan: Plan) -> Mapping[Channel, int]:
