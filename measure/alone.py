@@ -16,7 +16,9 @@ from p2bw.contract.errors import ModelError
 from p2bw.contract.plan import TensorSpec
 from p2bw.contract.schedule import Action, Channel, Flow, Kind
 from p2bw.modelfile.microbatch import seeded
+from p2bw.runtime.memory import keep_memory
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage
+from p2bw.runtime.transport import Arrival, Reduction
 from p2bw.runtime.worker import Events, Worker
 
 COMPUTING = (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE, Kind.MERGE, Kind.NORM)
@@ -59,14 +61,6 @@ def stage_times(spans: Spans, m: int, warm_up: int) -> StageTimes:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Posted:
-    tensor: Tensor
-
-    def wait(self) -> Tensor:
-        return self.tensor
-
-
 @dataclass(slots=True)
 class _Summed:
     """Small tensors travel together: copied into one before the sum, and back after it."""
@@ -99,26 +93,30 @@ class Alone:
         self.sending.pop(channel, None)
         self.sending[channel] = tensor.detach()
 
-    def receive(self, channel: Channel) -> _Posted:
+    def receive(self, channel: Channel) -> Arrival:
+        tensor = self._made_up(channel)
+        return lambda: tensor
+
+    def _made_up(self, channel: Channel) -> Tensor:
         spec = self.specs[channel]
         buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         if channel.flow is Flow.NORM:
-            return _Posted(buffer.fill_(1.0))
+            return buffer.fill_(1.0)
         if channel.flow is Flow.NORMS:
-            return _Posted(buffer.fill_(-1.0))  # as of parameters without a gradient
+            return buffer.fill_(-1.0)  # as of parameters without a gradient
         if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
-            return _Posted(buffer.fill_(spec.dtype == torch.bool))
+            return buffer.fill_(spec.dtype == torch.bool)
         scale = 0.1 if channel.flow is Flow.ACTIVATION else 1e-4
         with seeded("rehearse"):
-            return _Posted(buffer.normal_(std=scale))
+            return buffer.normal_(std=scale)
 
-    def reduce(self, tensors: Sequence[Tensor]) -> _Summed:
+    def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
         small: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             if tensor.nbytes < 1 << 20 or not tensor.is_contiguous():
                 small.setdefault(tensor.dtype, []).append(tensor)
         flat = [torch.cat([tensor.reshape(-1) for tensor in some]) for some in small.values()]
-        return _Summed(list(zip(flat, small.values(), strict=True)))
+        return _Summed(list(zip(flat, small.values(), strict=True))).wait
 
     def finish(self) -> None:
         self.sending.clear()
@@ -137,6 +135,8 @@ def train_alone(
     prepared: Prepared, stage: int, device: torch.device, events: Events | None = None
 ) -> None:
     """Run the plan's schedule as the first replica of a stage."""
+    if device.type == "cpu":
+        keep_memory()  # as a rank does
     module = stage_alone(prepared, stage, device)
     transport = Alone(channel_specs(prepared, stage, module), device)
     rank = prepared.plan.stages[stage].devices[0]

@@ -21,6 +21,7 @@ from p2bw.measure.segment import Segment, Spans
 from p2bw.measure.tensors import Tensors
 from p2bw.measure.training import VERSIONS, Training
 from p2bw.modelfile.load import ModelFile
+from p2bw.runtime.memory import keep_memory
 
 _WARM_UP = 2
 _LEAST_RUNS, _MOST_RUNS = 8, 40
@@ -83,14 +84,14 @@ def measure_blocks(
             key = tuple(kinds[block.name] for block in piece)
             if key in found:
                 continue
-            kept = cache.get(_Found, ("segment", whole, *code, *key))
+            kept = cache.get(_Found, ("segment between updates", whole, *code, *key))
             if kept is None or len(kept.forward) != len(piece):
                 if tensors is None:
                     tensors = Tensors(file, program, device, whole=whole)
                     if whole:
                         stack.enter_context(beside())
                 kept = _measure(Segment(program, piece, tensors.owner, device), tensors)
-                cache.put(("segment", whole, *code, *key), kept)
+                cache.put(("segment between updates", whole, *code, *key), kept)
             found[key] = kept
     timings: dict[str, list[tuple[Timing, Timing]]] = {}
     for piece in pieces:
@@ -113,6 +114,8 @@ def _layers(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
 
 
 def _measure(segment: Segment, tensors: Tensors) -> _Found:
+    if segment.device.type == "cpu":
+        keep_memory()  # as a rank does
     given = tensors.given(segment)
     training = Training(tensors.file, tensors.model) if tensors.model else None
 

@@ -59,7 +59,7 @@ def _one_way_s(device: torch.device, size: int, times: int) -> float:
             if channel.source == rank:
                 transport.send(channel, message)
             else:
-                transport.receive(channel).wait()
+                transport.receive(channel)()
         if message.is_cuda:
             torch.cuda.synchronize()
         found.append((time.perf_counter() - start_s) / 2)

@@ -19,6 +19,7 @@ import torch
 from p2bw.contract.errors import ResourceError
 from p2bw.measure.training import Training
 from p2bw.modelfile.load import ModelFile, load_model_file
+from p2bw.runtime.memory import keep_memory
 
 _READY = b"ready\n"
 
@@ -69,6 +70,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _take_core(number)
     torch.set_num_threads(job["threads"])
+    keep_memory()
     file = load_model_file(Path(job["path"]), job["factory"], job["settings"], job["autocast"])
     model = file.model()
     training = Training(file, model)

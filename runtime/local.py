@@ -2,8 +2,9 @@
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Hub:
         if self.failure is not None:
             raise PeerError(f"{what}: another rank failed")
 
+    def take(self, messages: deque[Tensor], what: str) -> Tensor:
+        with self.changed:
+            self.wait_for(lambda: bool(messages), what)
+            return messages.popleft()
+
     def fail(self, error: BaseException) -> None:
         with self.changed:
             self.failure = self.failure or error
@@ -56,7 +62,7 @@ class LocalTransport:
 
     def receive(self, channel: Channel) -> Arrival:
         with self.hub.changed:
-            return _Arrival(self.hub, self.hub.messages[self.replica, channel], str(channel))
+            return partial(self.hub.take, self.hub.messages[self.replica, channel], str(channel))
 
     def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
         with self.hub.changed:
@@ -66,39 +72,19 @@ class LocalTransport:
                 del self.hub.sums[self.stage, self.reductions]
             self.reductions += 1
             self.hub.changed.notify_all()
-        return _Sum(self.hub, given, tensors, self.width)
+        return partial(self._sum, given, tensors)
+
+    def _sum(self, given: Mapping[int, Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
+        with self.hub.changed:
+            self.hub.wait_for(lambda: len(given) == self.width, "the sum over replicas")
+        for index, tensor in enumerate(tensors):
+            total = given[0][index].clone()
+            for replica in range(1, self.width):
+                total += given[replica][index]
+            tensor.copy_(total)
 
     def finish(self) -> None:
         pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    hub: Hub
-    messages: deque[Tensor]
-    what: str
-
-    def wait(self) -> Tensor:
-        with self.hub.changed:
-            self.hub.wait_for(lambda: bool(self.messages), self.what)
-            return self.messages.popleft()
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    hub: Hub
-    given: dict[int, Sequence[Tensor]]  # replica -> its terms
-    tensors: Sequence[Tensor]
-    width: int
-
-    def wait(self) -> None:
-        with self.hub.changed:
-            self.hub.wait_for(lambda: len(self.given) == self.width, "the sum over replicas")
-        for index, tensor in enumerate(self.tensors):
-            total = self.given[0][index].clone()
-            for replica in range(1, self.width):
-                total += self.given[replica][index]
-            tensor.copy_(total)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from p2bw.contract.store import Place, Store
 from p2bw.modelfile.turns import taking_turns
 from p2bw.runtime.checkpoint import Checkpointer, begin
 from p2bw.runtime.failure import Stop, Watchdog, restarted
+from p2bw.runtime.memory import keep_memory
 from p2bw.runtime.place import within
 from p2bw.runtime.prepare import Prepared, channel_specs, initial_stage, prepare
 from p2bw.runtime.transport import DistributedTransport
@@ -140,6 +141,8 @@ def build(
 ) -> Worker:
     plan = prepared.plan
     stage, replica = plan.position(rank)
+    if device.type == "cpu":
+        keep_memory()
     transport = DistributedTransport(
         channels=prepared.pipeline.channels,
         specs=channel_specs(prepared, stage, module),

@@ -17,17 +17,9 @@ from p2bw.contract.plan import TensorSpec
 from p2bw.contract.schedule import Channel, Flow
 from p2bw.runtime.neighbours import Neighbour, find_neighbours
 
-
-class Arrival(Protocol):
-    """A receive that was posted; `wait` gives its tensor, in the memory layout of the sender's."""
-
-    def wait(self) -> Tensor: ...
-
-
-class Reduction(Protocol):
-    """A sum over replicas that was started; `wait` returns when the tensors hold it."""
-
-    def wait(self) -> None: ...
+# What was begun: called, it waits for the end of that.
+Arrival = Callable[[], Tensor]  # a receive that was posted; in the memory layout of the sender's
+Reduction = Callable[[], None]  # a sum over replicas: afterwards the tensors hold it
 
 
 class Transport(Protocol):
@@ -104,16 +96,16 @@ class DistributedTransport:
     def receive(self, channel: Channel) -> Arrival:
         spec, peer = self.specs[channel], self.peers[channel.source]
         if peer in self.near:
-            return _Message(partial(self._from_neighbour, channel, spec, peer))
+            return partial(self._from_neighbour, channel, spec, peer)
         if channel not in self.headers and len(spec.shape) > 1:
             header = self._buffer(8 * len(spec.shape))
             work = self._start(dist.irecv, header, channel, channel.source, header=1)
             self.headers[channel] = header, work
         data = self._buffer(math.prod(spec.shape) * spec.dtype.itemsize)
         if not data.numel():
-            return _Message(partial(self._unpack, channel, data, None))
+            return partial(self._unpack, channel, data, None)
         work = self._start(dist.irecv, data, channel, channel.source, header=0)
-        return _Message(partial(self._unpack, channel, data, work))
+        return partial(self._unpack, channel, data, work)
 
     def _from_neighbour(self, channel: Channel, spec: TensorSpec, peer: int) -> Tensor:
         with _blaming(channel, channel.source, peer):
@@ -140,7 +132,7 @@ class DistributedTransport:
         return self.orders[channel]
 
     def reduce(self, tensors: Sequence[Tensor]) -> Reduction:
-        return _AllReduce(tensors, self.replicas)
+        return _AllReduce(tensors, self.replicas).wait
 
     def finish(self) -> None:
         for channel in list(self.sending):
@@ -198,14 +190,6 @@ class DistributedTransport:
             elif self.peers[target] == me:
                 dist.recv(nothing, self.peers[source], group=groups[lane])
         return groups
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    receive: Callable[[], Tensor]
-
-    def wait(self) -> Tensor:
-        return self.receive()
 
 
 @dataclass(slots=True)

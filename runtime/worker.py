@@ -175,7 +175,7 @@ class Worker:
     def _take(self, channel: Channel) -> Tensor:
         action, arrival = self.arriving[channel].popleft()
         with self._recorded(action):
-            return arrival.wait()
+            return arrival()
 
     @contextmanager
     def _recorded(self, action: Action) -> Iterator[None]:
@@ -261,7 +261,7 @@ class Worker:
         """The gradients are those of all replicas now; set apart what other stages share in."""
         if self.pipeline.replicated:
             with self._recorded(action):
-                self.reductions.pop(action.index).wait()
+                self.reductions.pop(action.index)()
             used = self.present.pop(action.index).tolist()
             for name in (n for n, c in zip(self.weights.fickle, used, strict=True) if not c):
                 del self.gradients[action.index][name]

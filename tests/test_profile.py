@@ -34,8 +34,10 @@ from p2bw.measure import driver, rehearsal
 from p2bw.measure.blocks import measure_blocks
 from p2bw.measure.cache import Cache
 from p2bw.measure.links import measure_link
+from p2bw.measure.overhead import measure_overhead
 from p2bw.measure.segment import Segment
 from p2bw.measure.tensors import Tensors
+from p2bw.measure.training import Training
 from p2bw.measure.twin import working_beside
 from p2bw.modelfile.load import load_model_file
 from p2bw.passes import pipeline, run_passes
@@ -334,6 +336,26 @@ def test_a_link_between_two_processes_is_measured():
     assert backend == "gloo"
     assert 1e6 < bandwidth < 1e12
     assert 0 < latency_s < 1
+
+
+def test_the_runtime_s_own_time_is_measured():
+    assert 0 < measure_overhead() < 0.1
+
+
+def test_updates_between_what_is_measured_change_versions_and_no_weight():
+    file, _ = gpt()
+    model = file.model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training, used = Training(file, model), []
+    for _ in range(4):
+        file.call(model, file.inputs(2), file.targets(2)).backward()
+        used.append({name: p.data_ptr() for name, p in model.named_parameters()})
+        training.update()
+        assert all(p.grad is None for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        places = [update[name] for update in used]
+        assert places[0] == places[2] != places[1] == places[3]
 
 
 def test_a_twin_works_beside_and_ends_with_its_parent():

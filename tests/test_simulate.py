@@ -245,6 +245,21 @@ def test_a_message_takes_its_bytes_and_the_latency_of_the_levels_that_it_crosses
         assert found.total_s == pytest.approx(1e-3 + way + 3e-3 + way + 2e-3, rel=1e-9)
 
 
+def test_a_core_that_runs_the_runtime_does_not_compute_meanwhile() -> None:
+    size, own_s = 10**6, 1e-3
+    plan = made_plan(2, 1, 4, size=size, extra=1)
+    device = plan.topology["device"]
+    assert "runtime_s" not in device
+    slower = plan.model_copy(
+        update={"topology": plan.topology | {"device": device | {"runtime_s": own_s}}}
+    )
+    copying_s = size / device["link"]
+    found, before = simulate(slower), simulate(plan)
+    assert found.period_s == pytest.approx(before.period_s + own_s + copying_s, rel=1e-6)
+    computes = [use.busy * found.period_s for use in found.devices]
+    assert computes == pytest.approx([use.busy * before.period_s for use in before.devices])
+
+
 def test_replicas_share_the_port_of_their_node() -> None:
     """Two replicas send from one node to another at the same time: each has half of its port."""
     levels = (replace(node, latency_s=0.0), replace(network, latency_s=0.0))

@@ -86,7 +86,7 @@ def test_a_message_arrives_with_its_strides(rank: int) -> None:
             continue
         arrivals = [transport.receive(channel) for channel in channels]
         for arrival, (tensor, strides) in zip(arrivals, cases, strict=True):
-            got = arrival.wait()
+            got = arrival()
             assert got.dtype == tensor.dtype
             assert torch.equal(got, tensor)
             assert got.stride() == strides
@@ -102,7 +102,7 @@ def test_strides_that_change_on_the_way_do_not_mix_up_a_message(rank: int) -> No
         if rank == 0:
             transport.send(channel, tensor + number)
         else:
-            got = transport.receive(channel).wait()
+            got = transport.receive(channel)()
             assert torch.equal(got, values + number)
             assert got.stride() == transposed.stride()
     transport.finish()
@@ -124,7 +124,7 @@ def test_a_block_is_used_again_but_never_while_a_tensor_lies_in_it(rank: int) ->
 
     def take() -> Tensor:
         store.set(f"send {next(numbers)}", "")
-        return transport.receive(channel).wait()
+        return transport.receive(channel)()
 
     kept = take()[3:].t()  # a view of a view
     weight = nn.Parameter(torch.ones_like(example))
@@ -166,7 +166,7 @@ def test_a_neighbour_that_is_gone_is_named(rank: int) -> None:
         transport.near[1].connection.close()
         return
     with pytest.raises(PeerError, match=r"rank 0 \(stage 0\) is gone"):
-        transport.receive(channel).wait()
+        transport.receive(channel)()
 
 
 @in_two_ranks
@@ -180,7 +180,7 @@ def test_a_send_waits_for_nobody(rank: int) -> None:
         store.set("sent", "")
     else:
         store.wait(["sent"])
-        assert torch.equal(transport.receive(channel).wait(), large)
+        assert torch.equal(transport.receive(channel)(), large)
     transport.finish()
 
 
@@ -198,7 +198,7 @@ def test_sums_over_replicas_are_made_in_place_and_alike(rank: int) -> None:
     later = [torch.tensor([1.0 + rank])]
     reductions = [transport.reduce(mine), transport.reduce(later)]
     for reduction in reversed(reductions):
-        reduction.wait()
+        reduction()
     assert [tensor.data_ptr() for tensor in mine] == places
     assert later[0].item() == 3
     for total, a, b in zip(mine, terms(0), terms(1), strict=True):

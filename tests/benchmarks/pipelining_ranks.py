@@ -25,6 +25,7 @@ from torch.distributed.pipelining import (
 from torch.torch_version import TorchVersion
 
 from p2bw.contract.job import Job, Options
+from p2bw.runtime.memory import keep_memory
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import build
 from p2bw.runtime.worker import Events, Update
@@ -161,6 +162,7 @@ def _timed(update: Callable[[], None], updates: int) -> float:
 
 
 def pin(rank: int) -> None:
-    """One thread on one core."""
+    """One thread on one core; malloc keeps its memory, whatever is measured first."""
+    keep_memory()
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
