@@ -50,6 +50,7 @@ def simulated(plan: Plan, pipe: Pipeline) -> Spans:
             {kind: 1000 * (1 + (7 * k + 3 * i) % 5) for i, kind in enumerate(kinds)}
             for k in range(plan.depth)
         ),
+        own=tuple({Kind.FORWARD: 300 * (k % 2), Kind.BACKWARD: 200} for k in range(plan.depth)),
         memory=(StageMemory(0, 0, 0, 0, 0),) * plan.depth,
         sizes={channel: 500 for channel in pipe.channels},
         ring=(1000,) * plan.depth,
