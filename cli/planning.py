@@ -232,8 +232,9 @@ def show_command(
 
 
 def _show_schedule(artifact: Path, plan: "Plan", as_json: bool) -> None:
+    from p2bw.contract.actions import show
     from p2bw.contract.plan import read_plan as read_for_run
-    from p2bw.contract.schedule import make_pipeline, show
+    from p2bw.contract.schedule import make_pipeline
 
     clipped = plan.clip_norm is not None
     pipeline = make_pipeline(read_for_run(artifact), batches=3, clipped=clipped)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from p2bw.compiler.footprint import Footprint
 from p2bw.compiler.live import Size
-from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline, actions
+from p2bw.contract.actions import actions
+from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline
 
 BATCHES = 4  # fill a pipeline, keep it full and drain it, as in contract/check.py
 

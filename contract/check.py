@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline, actions
+from p2bw.contract.actions import actions
+from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline
 
 _WAITS = {
     Kind.FORWARD: (Flow.ACTIVATION,),

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from p2bw.contract.actions import actions
 from p2bw.contract.checkpoint import StageState
 from p2bw.contract.errors import ModelError
-from p2bw.contract.schedule import Action, Channel, Flow, Kind, actions
+from p2bw.contract.schedule import Action, Channel, Flow, Kind
 from p2bw.contract.stages import tied_parameters
 from p2bw.runtime.compute import Compute
 from p2bw.runtime.feed import Feed

@@ -9,6 +9,7 @@ from handmade import write_artifact
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from p2bw.contract.actions import actions, show
 from p2bw.contract.check import ScheduleError, check, check_actions, planned_stash
 from p2bw.contract.errors import UsageError
 from p2bw.contract.plan import read_plan
@@ -19,10 +20,8 @@ from p2bw.contract.schedule import (
     Flow,
     Kind,
     Pipeline,
-    actions,
     make_pipeline,
     most_extra,
-    show,
 )
 
 

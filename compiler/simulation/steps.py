@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from p2bw.compiler.simulation.job import Job
-from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline, actions
+from p2bw.contract.actions import actions
+from p2bw.contract.schedule import Action, Channel, Flow, Kind, Pipeline
 
 # Which messages an action waits for; a norm and a merge: see `_waits`.
 _WAITS = {
