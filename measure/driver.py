@@ -92,7 +92,7 @@ def _device(device: torch.device, threads: int, processes: int, cache: Cache) ->
     kept = cache.get(DeviceProfile, ("device", "runtime"))
     if kept is None:
         kept = measure_device(device, threads, processes)
-        if device.type == "cpu":
+        if device.type == "cpu" and cores() > 1:  # on one core, two ranks only disturb each other
             kept = kept.model_copy(update={"runtime_s": measure_overhead()})
         if (link := measure_link(device)) is not None:
             bandwidth, latency_s, backend = link

@@ -419,11 +419,7 @@ def never_switch_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_other_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nothing:
-        def wait(self) -> None:
-            pass
-
-    monkeypatch.setattr(LocalTransport, "reduce", lambda self, tensors: Nothing())
+    monkeypatch.setattr(LocalTransport, "reduce", lambda self, tensors: lambda: None)
 
 
 def forget_the_other_tied_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
