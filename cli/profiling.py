@@ -96,7 +96,8 @@ def print_profile(profile: "Profile", file: str) -> None:
         + ", ".join(f"{dtype} {units.count(rate)}FLOP/s" for dtype, rate in rates.items())
         + f", memory {units.data(device.bandwidth)}/s, {units.seconds(device.op_overhead_s)} an "
         "operator"
-        + f", {units.seconds(device.runtime_s)} a microbatch for the runtime itself" * bool(device.runtime_s)
+        + f", {units.seconds(device.runtime_s)} a microbatch for the runtime"
+        * bool(device.runtime_s)
         + (
             f", {device.backend} {units.data(device.link)}/s, {units.seconds(device.latency_s)}"
             if device.link
