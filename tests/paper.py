@@ -392,9 +392,9 @@ it, that GPT with 355M parameters sustains 45 TFLOP/s on one V100: matrix produc
 {rate() / 1e12:.1f} TFLOP/s, and everything else at the memory's bandwidth. Nothing is fitted to
 what is predicted. As in the paper's runs every stage has equally many layers (the last also the
 head, a copy of the embedding), all recompute, and microbatches have {MICROBATCH} samples, which is
-what the paper's own script runs; GPipe flushes, and updates, after as many as fit, and inter-layer
-parallelism after each, as in the paper's code: only so are GPipe's bars flat in the batch. The
-paper's figures have no numbers: theirs were read from the bars, to about one unit.
+what the paper's own script runs; inter-layer parallelism updates after each, as that script has it.
+GPipe flushes, and updates, after as many as fit: the paper does not say so, but its bars are flat
+in the batch. The figures have no numbers: theirs were read from the bars, to about one unit.
 
 ## Ratios that the paper prints
 
