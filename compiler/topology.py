@@ -114,10 +114,9 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """Plain data for plan.json."""
         data: dict[str, Any] = _TOPOLOGY.dump_python(self, mode="json")
-        for device in (data["device"], *(run["device"] for run in data["more"])):
-            if not device["runtime_s"]:  # only a profile knows it
-                del device["runtime_s"]
-        return {key: value for key, value in data.items() if key not in _RARE or value}
+        data["device"] = _common(data["device"])
+        data["more"] = [run | {"device": _common(run["device"])} for run in data["more"]]
+        return _common(data)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Topology":
@@ -126,7 +125,11 @@ class Topology:
 
 
 _TOPOLOGY = TypeAdapter(Topology)
-_RARE = ("more", "wires", "switches")  # left out of plans where empty
+_RARE = ("more", "wires", "switches", "runtime_s")  # left out of plans where empty
+
+
+def _common(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in _RARE or value}
 
 
 def check_topology(topology: Topology) -> None:

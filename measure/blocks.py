@@ -84,14 +84,15 @@ def measure_blocks(
             key = tuple(kinds[block.name] for block in piece)
             if key in found:
                 continue
-            kept = cache.get(_Found, ("segment between updates", whole, *code, *key))
+            place = ("segment between updates", whole, *code, *key)
+            kept = cache.get(_Found, place)
             if kept is None or len(kept.forward) != len(piece):
                 if tensors is None:
                     tensors = Tensors(file, program, device, whole=whole)
                     if whole:
                         stack.enter_context(beside())
                 kept = _measure(Segment(program, piece, tensors.owner, device), tensors)
-                cache.put(("segment between updates", whole, *code, *key), kept)
+                cache.put(place, kept)
             found[key] = kept
     timings: dict[str, list[tuple[Timing, Timing]]] = {}
     for piece in pieces:

@@ -10,10 +10,10 @@ from p2bw.compiler.plan import Data, Number
 from p2bw.compiler.program import Attribute, Program, TensorType
 from p2bw.measure.cache import Cache
 from p2bw.measure.device import seconds
+from p2bw.measure.training import VERSIONS
 from p2bw.modelfile.load import ModelFile
 from p2bw.runtime.weights import Updater, Weights
 
-_VERSIONS = 2
 _BYTES = 1 << 28  # of the parameters of one type that are measured together
 _RUNS = 3
 
@@ -72,7 +72,7 @@ def _update_s(file: ModelFile, parameters: Sequence[Attribute], device: torch.de
         module.register_parameter(name, nn.Parameter(tensor.normal_(std=0.02)))
         gradients[name] = torch.full_like(tensor, 1e-3)
     updater = Updater(
-        Weights(module, _VERSIONS),
+        Weights(module, VERSIONS),
         names,
         lambda pairs: file.optimizer((names[name], parameter) for name, parameter in pairs),
         file.scheduler,

@@ -179,16 +179,14 @@ class Updater:
                 for name in self.direct:
                     self.parameters[name].data = new[name].data
         for part in self.parts:
-            given = {n: gradients[n] for n in part if n in gradients}
-            given |= {n: given[n].to(self.parameters[n].dtype) for n in self.rounded if n in given}
+            given = {n: gradients[n].to(self.parameters[n].dtype) for n in part if n in gradients}
             if scale is not None and given:
                 torch._foreach_mul_(list(given.values()), scale)
             for name in given:
                 self.parameters[name].grad = given[name]
-            names = [*given]
             del given  # the parameters' are the last references
             self.optimizer.step()
-            for name in names:
+            for name in part:
                 self.parameters[name].grad = None
         if self.rounded:
             with torch.no_grad():

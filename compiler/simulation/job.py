@@ -157,15 +157,16 @@ def _durations(
 
 def _own(stage: Stage, topology: Topology) -> Mapping[Kind, int]:
     """Where a core runs the runtime and computes, it does not compute meanwhile."""
-    forward = sum(transfer.bytes for transfer in stage.sends)
-    backward = sum(transfer.bytes for transfer in stage.receives if transfer.gradient)
-
-    def longest(sent: int) -> int:
-        devices = [topology.devices[rank] for rank in stage.devices]
-        seconds = [d.runtime_s / 2 + sent / d.link for d in devices if d.runtime_s]
-        return round(max(seconds, default=0.0) * PS)
-
-    return {Kind.FORWARD: longest(forward), Kind.BACKWARD: longest(backward)}
+    devices = topology.devices
+    cores = [devices[rank] for rank in stage.devices if devices[rank].runtime_s]
+    sent = {
+        Kind.FORWARD: sum(transfer.bytes for transfer in stage.sends),
+        Kind.BACKWARD: sum(transfer.bytes for transfer in stage.receives if transfer.gradient),
+    }
+    return {
+        kind: round(max((c.runtime_s / 2 + size / c.link for c in cores), default=0.0) * PS)
+        for kind, size in sent.items()
+    }
 
 
 def _sizes(pipe: Pipeline, plan: Plan) -> Mapping[Channel, int]:
