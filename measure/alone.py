@@ -135,8 +135,7 @@ def train_alone(
     prepared: Prepared, stage: int, device: torch.device, events: Events | None = None
 ) -> None:
     """Run the plan's schedule as the first replica of a stage."""
-    if device.type == "cpu":
-        keep_memory()  # as a rank does
+    keep_memory(device)  # as a rank does
     module = stage_alone(prepared, stage, device)
     transport = Alone(channel_specs(prepared, stage, module), device)
     rank = prepared.plan.stages[stage].devices[0]

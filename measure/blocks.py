@@ -115,8 +115,7 @@ def _layers(blocks: Sequence[Block]) -> Iterator[tuple[Block, ...]]:
 
 
 def _measure(segment: Segment, tensors: Tensors) -> _Found:
-    if segment.device.type == "cpu":
-        keep_memory()  # as a rank does
+    keep_memory(segment.device)  # as a rank does
     given = tensors.given(segment)
     training = Training(tensors.file, tensors.model) if tensors.model else None
 

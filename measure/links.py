@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from p2bw.contract.plan import TensorSpec
 from p2bw.contract.schedule import Channel, Flow
-from p2bw.measure.pair import ask_two_processes, meet
+from p2bw.measure.pair import ask_two_processes, meeting
 from p2bw.runtime.transport import DistributedTransport
 
 _MESSAGE = 1 << 24  # bytes; as large as activations are
@@ -36,12 +36,10 @@ def measure_link(device: torch.device) -> tuple[float, float, str] | None:
 
 
 def main() -> None:
-    rank, device = meet(sys.argv[1:])
-    small, large = (_one_way_s(device, size, times) for size, times in ((8, 50), (_MESSAGE, 9)))
-    if rank == 0:
-        print(json.dumps([_MESSAGE / max(large - small, 1e-9), small]))
-    dist.barrier()
-    dist.destroy_process_group()
+    with meeting(sys.argv[1:]) as (rank, device, _):
+        small, large = (_one_way_s(device, size, times) for size, times in ((8, 50), (_MESSAGE, 9)))
+        if rank == 0:
+            print(json.dumps([_MESSAGE / max(large - small, 1e-9), small]))
 
 
 def _one_way_s(device: torch.device, size: int, times: int) -> float:

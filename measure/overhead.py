@@ -18,7 +18,7 @@ from p2bw.compiler.rules import parse_rules
 from p2bw.contract.job import Job
 from p2bw.contract.schedule import Action, Kind
 from p2bw.measure.alone import COMPUTING
-from p2bw.measure.pair import ask_two_processes, meet
+from p2bw.measure.pair import ask_two_processes, meeting
 from p2bw.runtime.prepare import initial_stage, prepare
 from p2bw.runtime.rank import build
 from p2bw.runtime.worker import Events
@@ -100,16 +100,14 @@ class _Own(Events):
 
 
 def main() -> None:
-    rank, device = meet(sys.argv[1:])
-    prepared = prepare(Job(artifact=Path(sys.argv[4]), steps=_UPDATES))
-    stage, _ = prepared.plan.position(rank)
-    own = _Own()
-    worker = build(prepared, rank, initial_stage(prepared, stage, device), device, own)
-    dist.barrier()
-    worker.run()
-    print(json.dumps(own.own_s(prepared.pipeline.microbatches)))
-    dist.barrier()
-    dist.destroy_process_group()
+    with meeting(sys.argv[1:]) as (rank, device, (artifact,)):
+        prepared = prepare(Job(artifact=Path(artifact), steps=_UPDATES))
+        stage, _ = prepared.plan.position(rank)
+        own = _Own()
+        worker = build(prepared, rank, initial_stage(prepared, stage, device), device, own)
+        dist.barrier()
+        worker.run()
+        print(json.dumps(own.own_s(prepared.pipeline.microbatches)))
 
 
 if __name__ == "__main__":

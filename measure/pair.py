@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def ask_two_processes(module: str, arguments: Sequence[str], backend: str) -> li
     return None if any(rank.returncode for rank in ranks) else said
 
 
-def meet(arguments: Sequence[str]) -> tuple[int, torch.device]:
-    """In such a process: its rank and device; the other one is there, too."""
+@contextmanager
+def meeting(arguments: Sequence[str]) -> Iterator[tuple[int, torch.device, Sequence[str]]]:
+    """In such a process: its rank, its device, and the arguments; both leave together."""
     rank, folder, backend = int(arguments[0]), Path(arguments[1]), arguments[2]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -57,4 +59,6 @@ def meet(arguments: Sequence[str]) -> tuple[int, torch.device]:
         world_size=2,
         timeout=timedelta(seconds=TIMEOUT_S),
     )
-    return rank, device
+    yield rank, device, arguments[3:]
+    dist.barrier()
+    dist.destroy_process_group()

@@ -21,8 +21,8 @@ class Training:
             self.weights, self.weights.names, file.optimizer, lambda optimizer: None
         )
         for group in self.updater.optimizer.param_groups if self.updater.optimizer else ():
-            if isinstance(group.get("lr"), float):
-                group["lr"] = 0.0
+            if group.get("lr") is not None:
+                group["lr"] *= 0  # whatever kind of number it is
         self.batch = 0
 
     def update(self) -> None:

@@ -70,7 +70,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _take_core(number)
     torch.set_num_threads(job["threads"])
-    keep_memory()
+    keep_memory(torch.device("cpu"))
     file = load_model_file(Path(job["path"]), job["factory"], job["settings"], job["autocast"])
     model = file.model()
     training = Training(file, model)

@@ -141,8 +141,7 @@ def build(
 ) -> Worker:
     plan = prepared.plan
     stage, replica = plan.position(rank)
-    if device.type == "cpu":
-        keep_memory()
+    keep_memory(device)
     transport = DistributedTransport(
         channels=prepared.pipeline.channels,
         specs=channel_specs(prepared, stage, module),

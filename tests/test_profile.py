@@ -4,7 +4,7 @@ import json
 import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -342,8 +342,11 @@ def test_the_runtime_s_own_time_is_measured():
     assert 0 < measure_overhead() < 0.1
 
 
-def test_updates_between_what_is_measured_change_versions_and_no_weight():
+@pytest.mark.parametrize("lr", [None, 1, torch.tensor(1.0)])
+def test_updates_between_what_is_measured_change_versions_and_no_weight(monkeypatch, lr):
     file, _ = gpt()
+    if lr is not None:
+        monkeypatch.setattr(file.module, "optimizer", partial(torch.optim.SGD, lr=lr))
     model = file.model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     training, used = Training(file, model), []

@@ -12,7 +12,7 @@ import ctypes, resource, sys, torch
 from p2bw.runtime.memory import keep_memory
 ctypes.CDLL(None).mallopt(-3, 1 << 17)  # as malloc begins: what is large goes back at once
 if sys.argv[1] == "kept":
-    keep_memory()
+    keep_memory(torch.device("cpu"))
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     stash = [torch.ones(1 << 18) for _ in range(64)]

@@ -163,6 +163,6 @@ def _timed(update: Callable[[], None], updates: int) -> float:
 
 def pin(rank: int) -> None:
     """One thread on one core; malloc keeps its memory, whatever is measured first."""
-    keep_memory()
+    keep_memory(CPU)
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
