@@ -24,7 +24,7 @@ from p2bw.compiler.simulation import symmetry
 from p2bw.compiler.simulation.engine import Engine
 from p2bw.compiler.simulation.job import PS, StageTimes, make_job
 from p2bw.compiler.simulation.links import Links
-from p2bw.compiler.simulation.simulate import run_whole, simulate
+from p2bw.compiler.simulation.simulate import _longest, run_whole, simulate
 from p2bw.compiler.simulation.symmetry import Route, Symmetry
 from p2bw.compiler.topology import Level, Topology, make_topology
 from p2bw.compiler.trace import trace
@@ -256,6 +256,7 @@ def test_a_core_that_runs_the_runtime_does_not_compute_meanwhile() -> None:
     copying_s = size / device["link"]
     found, before = simulate(slower), simulate(plan)
     assert found.period_s == pytest.approx(before.period_s + own_s + copying_s, rel=1e-6)
+    assert _longest(make_job(slower, batches=1)) == round(4 * found.period_s * PS)
     computes = [use.busy * found.period_s for use in found.devices]
     assert computes == pytest.approx([use.busy * before.period_s for use in before.devices])
 

@@ -177,15 +177,15 @@ def whole_run(job: Job, steady: Steady) -> Whole:
 
 
 def _longest(job: Job) -> int:
-    """Picoseconds that the rank with the most work is busy with a batch."""
+    """Picoseconds that the rank with the most work spends on a batch, the runtime's too."""
     m = job.pipe.microbatches
     busy = [
         sum(ps * (m if kind in (Kind.FORWARD, Kind.BACKWARD) else 1) for kind, ps in own.items())
         for own in job.durations
     ]
     return max(
-        ps * job.factors.get(rank, PPM) // PPM
-        for ps, ranks in zip(busy, job.ranks, strict=True)
+        ps * job.factors.get(rank, PPM) // PPM + m * sum(own.values())
+        for ps, own, ranks in zip(busy, job.own, job.ranks, strict=True)
         for rank in ranks
     )
 
