@@ -31,6 +31,9 @@ class _Stage:
         self.into, self.out = pipe.inbound(stage), pipe.outbound(stage)
         self.from_each = {flow: _by_source(channels) for flow, channels in self.into.items()}
         self.due = self._due()
+        joint = pipe.late and (pipe.clipped or self.into[Flow.TIED])
+        self.meeting = pipe.microbatches - pipe.depth - pipe.extra if joint else None
+        self.woven: list[Action] = []  # that are to be done with the next computation
 
     def runs(self, microbatch: int) -> bool:
         batch = microbatch // self.pipe.microbatches
@@ -56,102 +59,98 @@ class _Stage:
                 backward += 1
 
     def actions(self) -> Iterator[Action]:
-        m = self.pipe.microbatches
         for kind, i in self.compute_order():
-            batch, last = i // m, i % m == m - 1
-            version = self.pipe.version(self.stage, i)
             if kind is Kind.FORWARD:
-                yield from self.make(version)
-                yield from self.forward(i, version)
-                continue
-            # The first stage needs the next version right after this backward, the others later:
-            # if each adds its part here, every part is where it is needed just in time.
-            joint = self.pipe.clipped or self.into[Flow.TIED]
-            meets = (
-                self.pipe.late
-                and joint
-                and i % m == m - self.pipe.depth - self.pipe.extra
-                and batch == self.closed
-            )
-            if meets:
-                yield from self.gather(self.closed)
-            yield from self.backward(i, version)
-            if meets:
-                yield from self.norm(self.closed)
-            if last:
-                yield from self.send(Flow.LOSS, batch)  # not before: others wait for a backward
-                yield from self.close(batch)
-        yield from self.make(self.closed)
+                self.forward(i)
+            else:
+                self.backward(i)
+            yield from self.woven
+            self.woven.clear()
+        self.make(self.closed)
+        yield from self.woven
 
-    def forward(self, i: int, version: int) -> Iterator[Action]:
+    def add(self, kind: Kind, index: int, version: int = 0) -> None:
+        self.woven.append(Action(kind, index, version))
+
+    def forward(self, i: int) -> None:
+        version = self.pipe.version(self.stage, i)
+        self.make(version)
         if i == self.pipe.first * self.pipe.microbatches:
-            yield from self.receive(Flow.GRADIENT, i - 1)
-        yield from self.receive(Flow.ACTIVATION, i)
-        yield Action(Kind.FORWARD, i, version)
-        yield from self.send(Flow.ACTIVATION, i)
+            self.receive(Flow.GRADIENT, i - 1)
+        self.receive(Flow.ACTIVATION, i)
+        self.add(Kind.FORWARD, i, version)
+        self.send(Flow.ACTIVATION, i)
 
-    def backward(self, i: int, version: int) -> Iterator[Action]:
-        yield from self.receive(Flow.GRADIENT, i)
-        yield from self.receive_of_batch(i)
-        yield Action(Kind.BACKWARD, i, version)
-        yield from self.send(Flow.GRADIENT, i)
+    def backward(self, i: int) -> None:
+        batch, at = divmod(i, self.pipe.microbatches)
+        # The first stage needs the next version right after this backward, the others later:
+        # if each adds its part here, every part is where it is needed just in time.
+        meets = at == self.meeting and batch == self.closed
+        if meets:
+            self.gather(batch)
+        self.receive(Flow.GRADIENT, i)
+        for channel in self.due.get(at, ()):
+            self.woven.append(Action(Kind.RECEIVE, batch, channel=channel))
+        self.add(Kind.BACKWARD, i, self.pipe.version(self.stage, i))
+        self.send(Flow.GRADIENT, i)
+        if meets:
+            self.norm(batch)
+        if at == self.pipe.microbatches - 1:
+            self.send(Flow.LOSS, batch)  # not before: others wait for a backward
+            self.close(batch)
 
-    def close(self, batch: int) -> Iterator[Action]:
-        yield Action(Kind.CLOSE, batch)
+    def close(self, batch: int) -> None:
+        self.add(Kind.CLOSE, batch)
         self.closed = batch + 1
         if not self.pipe.late:
-            yield from self.update(batch + 1)
+            self.update(batch + 1)
 
-    def make(self, version: int) -> Iterator[Action]:
+    def make(self, version: int) -> None:
         """See to it that a version is made: as late as possible, before its first forward."""
         for made in range(min(self.updated, self.merged) + 1, version + 1):
-            yield from self.update(made)
-            yield from self.merge(made)
+            self.update(made)
+            self.merge(made)
 
-    def gather(self, count: int) -> Iterator[Action]:
+    def gather(self, count: int) -> None:
         if self.gathered < count:
             self.gathered = count
-            yield Action(Kind.GATHER, count - 1)
-            yield from self.send(Flow.TIED, count - 1)
+            self.add(Kind.GATHER, count - 1)
+            self.send(Flow.TIED, count - 1)
 
-    def norm(self, count: int) -> Iterator[Action]:
+    def norm(self, count: int) -> None:
         if self.pipe.clipped and self.normed < count:
             self.normed = count
-            yield Action(Kind.NORM, count - 1)
-            yield from self.send(Flow.NORMS, count - 1)
-            yield from self.send(Flow.NORM, count - 1)
+            self.add(Kind.NORM, count - 1)
+            self.send(Flow.NORMS, count - 1)
+            self.send(Flow.NORM, count - 1)
 
-    def update(self, version: int) -> Iterator[Action]:
+    def update(self, version: int) -> None:
         if self.updated < version:
-            yield from self.merge(version - 1)
-            yield from self.gather(version)
-            yield from self.norm(version)
+            self.merge(version - 1)
+            self.gather(version)
+            self.norm(version)
             self.updated = version
-            yield Action(Kind.UPDATE, version - 1, version)
+            self.add(Kind.UPDATE, version - 1, version)
 
-    def merge(self, version: int) -> Iterator[Action]:
+    def merge(self, version: int) -> None:
         if self.merged < version:
             self.merged = version
             if self.into[Flow.TIED]:
-                yield Action(Kind.MERGE, version - 1, version)
+                self.add(Kind.MERGE, version - 1, version)
 
-    def send(self, flow: Flow, index: int) -> Iterator[Action]:
+    def send(self, flow: Flow, index: int) -> None:
         for channel in self.out[flow]:
-            yield Action(Kind.SEND, index, channel=channel)
+            self.woven.append(Action(Kind.SEND, index, channel=channel))
 
-    def receive(self, flow: Flow, index: int) -> Iterator[Action]:
+    def receive(self, flow: Flow, index: int) -> None:
         """Post what message `index` and those posted ahead of it still lack."""
         for same in self.from_each[flow]:
             message = self.posted.get(same[0], self.pipe.first * self.pipe.microbatches)
             while message <= index + same[0].distance + self.pipe.extra and self.runs(message):
-                yield from (Action(Kind.RECEIVE, message, channel=channel) for channel in same)
+                for channel in same:
+                    self.woven.append(Action(Kind.RECEIVE, message, channel=channel))
                 message += 1
             self.posted[same[0]] = message
-
-    def receive_of_batch(self, i: int) -> Iterator[Action]:
-        batch, offset = divmod(i, self.pipe.microbatches)
-        for channel in self.due.get(offset, ()):
-            yield Action(Kind.RECEIVE, batch, channel=channel)
 
     def _due(self) -> dict[int, list[Channel]]:
         """What comes once per batch, by the microbatch before whose backward it is posted.

@@ -7,7 +7,7 @@ receives posted. The worker only interprets it; `check` proves it before any ran
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from p2bw.contract.errors import UsageError
 
@@ -28,8 +28,7 @@ class Flow(StrEnum):
     LOSS = "loss"  # to the stage of rank 0, which reports it
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Channel:
+class Channel(NamedTuple):
     """A sequence of messages about one tensor, from one stage to one other, in each replica."""
 
     flow: Flow
@@ -63,12 +62,11 @@ class Kind(StrEnum):
     MERGE = "M"  # make the next version of the parameters that it shares with other stages
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One step of one stage. `index` counts microbatches, or batches where one is meant."""
 
     kind: Kind
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method, not needed here
     version: int = 0  # of the weights that F and B use and that U and M make
     channel: Channel | None = None
 

@@ -183,7 +183,7 @@ def version(kind: Kind, index: int, by: int) -> Mutation:
     def mutate(schedule: list[list[Action]]) -> None:
         at = first(schedule, kind, index)
         action = schedule[0][at]
-        schedule[0][at] = replace(action, version=action.version + by)
+        schedule[0][at] = action._replace(version=action.version + by)
 
     return mutate
 
