@@ -152,7 +152,7 @@ class _Rehearsal:
     def microbatch(self) -> "_Microbatch":
         live, before, peaks = self.live, self.live.now, list[Size]()
         with live.peak(peaks):
-            results = self.compute.forward(0, 0, [*self._arguments()])
+            results = self.compute.forward(0, 0, dict(self._arguments()))
         both = live.now - before
         del results
         stash = live.now - before
@@ -162,12 +162,12 @@ class _Rehearsal:
         del found
         return _Microbatch(stash, both - stash, passed - live.now, peaks[0], peaks[1])
 
-    def _arguments(self) -> Iterator[Tensor]:
+    def _arguments(self) -> Iterator[tuple[str, Tensor]]:
         """The program's inputs, contiguous; received tensors as their sender lays them out."""
         for name in self.graph.arguments:
             (kind,) = self.program.facts[name].out
             (stride,) = self.program.fact(name, "strides")
-            yield torch.empty_strided(kind.shape, stride, dtype=kind.dtype)
+            yield name, torch.empty_strided(kind.shape, stride, dtype=kind.dtype)
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         for transfer in self.graph.sends:

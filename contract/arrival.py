@@ -10,7 +10,7 @@ class _Arrival(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, caught: dict[str, Tensor], name: str) -> Tensor:
         ctx.caught, ctx.name = caught, name
-        return tensor.view_as(tensor)
+        return tensor.detach()  # where view_as takes half as long again
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:

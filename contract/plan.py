@@ -26,7 +26,7 @@ class TensorSpec:
     dtype: torch.dtype
 
     def fits(self, tensor: torch.Tensor) -> bool:
-        return tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype
+        return tensor.shape == self.shape and tensor.dtype == self.dtype
 
     def __str__(self) -> str:
         return describe(self.shape, self.dtype)

@@ -91,7 +91,7 @@ class Alone:
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
         self.sending.pop(channel, None)
-        self.sending[channel] = tensor.detach()
+        self.sending[channel] = tensor
 
     def receive(self, channel: Channel) -> Arrival:
         tensor = self._made_up(channel)

@@ -4,11 +4,12 @@ import linecache
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ _PARTS = ("cli", "compiler", "contract", "modelfile", "passes", "runtime", "tele
 _OURS = (_ROOT,) if _ROOT.name == "p2bw" else tuple(_ROOT / part for part in _PARTS)
 _NOT_THE_USERS = tuple(f"{directory}{os.sep}" for directory in (*_OURS, _TORCH))
 _SENTENCE = 200  # characters
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,18 @@ class UserCode:
                     return line
                 library = library or line
         return library
+
+    def call(self, what: str, function: Callable[..., T], *arguments: Any) -> T:
+        """As `running`, for what is called often: a third of the time."""
+        stdout, sys.stdout = sys.stdout, sys.stderr
+        try:
+            return function(*arguments)
+        except P2BWError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ModelError(self.describe(error, what)) from error
+        finally:
+            sys.stdout = stdout
 
     @contextmanager
     def running(self, what: str) -> Iterator[None]:

@@ -1,12 +1,11 @@
 """One stage's forwards and backwards: autograd across several microbatches in flight."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from p2bw.contract.arrival import arrive
 from p2bw.contract.errors import MismatchError
@@ -15,8 +14,7 @@ from p2bw.contract.seeds import seed_forward
 from p2bw.runtime.weights import Weights
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
+class InFlight(NamedTuple):
     """What a stage keeps of a microbatch from its forward to its backward.
 
     Of the results only their places in autograd's graph: their data may go once they are sent.
@@ -48,32 +46,37 @@ class Compute:
         self.weights = weights
         self.seed = seed
         self.device = device
-        self.loss_seed = torch.tensor(loss_share, device=device)
+        self.loss_seed: dict[str, Tensor] = {}
+        if stage.loss is not None:
+            self.loss_seed[stage.loss] = torch.tensor(loss_share, device=device)
         self.in_flight: dict[int, InFlight] = {}
         self.specs = {transfer.spec.name: transfer.spec for transfer in stage.sends}
         self.differentiable = [t.spec.name for t in stage.receives if t.gradient]
         self.changing: tuple[str, ...] | None = None  # buffers that a forward writes to
 
-    def forward(self, number: int, version: int, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
+    def forward(self, number: int, version: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run microbatch `number` (counted over all replicas): its results by name.
 
         What is to be computed again records gradients too, and drops them: without, some kernels
         (oneDNN's LSTM) give other bits, and the peak is that of computing again anyway.
         """
-        named = dict(zip(self.stage.arguments, arguments, strict=True))
+        named = {name: given[name] for name in self.stage.arguments}
         caught: dict[str, Tensor] = {}
         for name in self.differentiable:
             named[name] = arrive(named[name], caught, name)
-        again = self.stage.recompute
-        buffers = self._buffers_before() if again else {}
+        if self.stage.recompute:
+            buffers = self._buffers_before()
         results = self._run(number, version, named)
-        if again:
+        if self.stage.recompute:
             kept = InFlight(named, caught, {}, self._keep_changing(buffers))
         else:
             own = {name: named[name] for name in self.differentiable}
             kept = InFlight(own, caught, _edges(results), {})
         self.in_flight[number] = kept
-        return {name: result.detach() for name, result in results.items()}
+        detached = {name: result.detach() for name, result in results.items()}
+        if (loss := self.stage.loss) is not None and results[loss]._is_view():
+            detached[loss] = detached[loss].clone()  # it is kept, what it is a part of is not
+        return detached
 
     def backward(
         self, number: int, version: int, gradients: Mapping[str, Tensor]
@@ -85,31 +88,28 @@ class Compute:
         """
         kept = self.in_flight.pop(number)
         edges = kept.edges
-        new = [leaf for leaf in self.weights.leaves(version).values() if leaf.grad is None]
         if self.stage.recompute:
             edges = _edges(self._run_again(number, version, kept))
-        seeds = dict(gradients)
-        if self.stage.loss is not None:
-            seeds[self.stage.loss] = self.loss_seed
+        seeds = {**gradients, **self.loss_seed}
         roots = [name for name in edges if name in seeds]
         if roots:
-            torch.autograd.backward([edges[n] for n in roots], [seeds[n] for n in roots])
-        found = {}
+            _backward([edges[name] for name in roots], [seeds[name] for name in roots])
+        found = kept.gradients
         for name in self.differentiable:
-            gradient = kept.gradients.get(name)
-            found[name] = torch.zeros_like(kept.arguments[name]) if gradient is None else gradient
-        return _unshared(found, [leaf.grad for leaf in new if leaf.grad is not None])
+            if name not in found:
+                found[name] = torch.zeros_like(kept.arguments[name])
+        adopted = self.weights.adopted(version)
+        return _unshared(found, adopted) if adopted and found else found
 
     def _run(self, number: int, version: int, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.weights.use(version)
         seed_forward(self.seed, self.stage.index, number, self.device)
-        with self._default_device():
+        if self.device.type == "cpu":
             results = self.module(*arguments.values())
+        else:
+            with self.device:  # where the stage's code makes new tensors; takes time
+                results = self.module(*arguments.values())
         return self._checked(results if isinstance(results, tuple) else (results,))
-
-    def _default_device(self) -> AbstractContextManager[object]:
-        """Where the stage's code makes new tensors; costs a little, so not on the CPU."""
-        return self.device if self.device.type != "cpu" else nullcontext()
 
     def _checked(self, results: tuple[object, ...]) -> dict[str, Tensor]:
         """A message of another size than the receiver's buffer would abort its process."""
@@ -162,7 +162,7 @@ def _unshared(gradients: dict[str, Tensor], adopted: Sequence[Tensor]) -> dict[s
     """Autograd may give an argument and a parameter gradients that share memory, and the
     parameter's is added to while the argument's is still being sent. It does so in the backward in
     which a parameter adopts its gradient; later ones are added to that."""
-    places = {_place(gradient) for gradient in adopted} if gradients else set()
+    places = {_place(gradient) for gradient in adopted}
     return {
         name: gradient.clone() if _place(gradient) in places else gradient
         for name, gradient in gradients.items()
@@ -175,6 +175,19 @@ def _place(gradient: Tensor) -> int | None:
         return None
     identity: int = gradient.untyped_storage()._cdata
     return identity
+
+
+def _backward(roots: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> None:
+    """torch.autograd.backward, less what it first does to its arguments, which takes 80 us."""
+    _engine_run_backward(
+        tuple(roots),
+        tuple(gradients),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 def _edges(results: Mapping[str, Tensor]) -> dict[str, GradientEdge]:

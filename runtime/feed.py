@@ -1,7 +1,6 @@
 """A rank's microbatches: a function of the seed alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ class Feed:
     """The program inputs of one rank's stage, one microbatch after the other.
 
     Every rank runs through the same iterator, of which its replica uses one item of `width`. User
-    code that draws random numbers while it makes data has a generator state to itself, as the
-    stages draw different numbers from theirs.
+    code that draws random numbers while it makes data goes on where it was with them: what the
+    stages draw between differs. (They need no state back; every forward is seeded.)
     """
 
     def __init__(
@@ -30,22 +29,24 @@ class Feed:
         self.next_item = 0
         self.state = torch.Generator().manual_seed(seed % 2**63).get_state()
 
-    def microbatch(self, wanted: int) -> tuple[Tensor, ...]:
+    def microbatch(self, wanted: int) -> Sequence[Tensor]:
         """The stage's inputs in item `wanted` of the data; the numbers must not go back."""
         if not self.names:
             return ()
         assert wanted >= self.next_item
         item: tuple[Any, Any] = (None, None)
-        with self._own_generator():
-            while self.next_item <= wanted:
-                if (found := next(self.items, None)) is None:
-                    raise UsageError(
-                        f"data() ended after {self.next_item} microbatches, the run needs more; "
-                        f"ask for fewer --steps, or let data() start anew"
-                    )
-                self.next_item, item = self.next_item + 1, found
+        torch.default_generator.set_state(self.state)
+        while self.next_item <= wanted:
+            if (found := next(self.items, None)) is None:
+                raise UsageError(
+                    f"data() ended after {self.next_item} microbatches, the run needs more; "
+                    f"ask for fewer --steps, or let data() start anew"
+                )
+            self.next_item, item = self.next_item + 1, found
+        self.state = torch.default_generator.get_state()
         tensors = self._checked(flatten_microbatch(*item))
-        return tuple(tensors[name].to(self.device) for name in self.names)
+        here = self.device
+        return [t if t.device == here else t.to(here) for t in map(tensors.__getitem__, self.names)]
 
     def _checked(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         specs = self.plan.inputs
@@ -57,13 +58,3 @@ class Feed:
                 f"samples of that shape"
             )
         return {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
-
-    @contextmanager
-    def _own_generator(self) -> Iterator[None]:
-        theirs = torch.get_rng_state()
-        torch.set_rng_state(self.state)
-        try:
-            yield
-        finally:
-            self.state = torch.get_rng_state()
-            torch.set_rng_state(theirs)

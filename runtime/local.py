@@ -57,7 +57,7 @@ class LocalTransport:
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
         with self.hub.changed:
-            self.hub.messages[self.replica, channel].append(tensor.detach().clone())
+            self.hub.messages[self.replica, channel].append(tensor.clone())
             self.hub.changed.notify_all()
 
     def receive(self, channel: Channel) -> Arrival:

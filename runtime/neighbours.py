@@ -15,7 +15,6 @@ import sys
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from select import POLLIN, POLLOUT, poll
 from weakref import ReferenceType, ref
@@ -27,6 +26,7 @@ from torch import Tensor
 _START = 64  # where a block's data begin; its first byte tells whether the receiver needs them
 _RECORD = struct.Struct("<iq")  # a message's tag and block; or _BLOCK and the size of a new one
 _BLOCK = -1
+_RIGHTS = socket.CMSG_SPACE(array("i").itemsize)  # what comes with it: the block's file
 _RANK = struct.Struct("<i")
 _PEER = struct.Struct("iII")  # process, user and group at a socket's other end
 _ID = 16  # bytes of a machine's identity, and of a rank's token
@@ -44,14 +44,23 @@ class Neighbour:
         self.blocks: list[mmap.mmap] = []  # that this side writes
         self.alike: dict[tuple[torch.dtype, torch.Size], list[tuple[int, Tensor]]]
         self.alike = defaultdict(list)  # type and shape -> their numbers, and tensors in them
+        self.fitting: dict[int, list[tuple[int, Tensor]]] = {}  # tag -> those for its messages
         self.others: list[mmap.mmap] = []  # that the other side writes
         self.leases: dict[int, ReferenceType[memoryview]] = {}  # of the other side's blocks
         self.came: dict[int, deque[tuple[mmap.mmap, list[int]]]] = defaultdict(deque)
 
     def send(self, tag: int, tensor: Tensor, order: list[int]) -> None:
-        """Copy a tensor whose dimensions are ordered in memory as told; OSError if it is gone."""
-        packed = tensor.permute(order)
-        number, place = self._free(packed.dtype, packed.shape)
+        """Copy a tensor whose dimensions are ordered in memory as told; OSError if it is gone.
+
+        A tag's tensors are all of one type and shape, and ordered alike.
+        """
+        packed = tensor if order == sorted(order) else tensor.permute(order)
+        if (fitting := self.fitting.get(tag)) is None:
+            fitting = self.fitting[tag] = self.alike[packed.dtype, packed.shape]
+        free = next((entry for entry in fitting if not self.blocks[entry[0]][0]), None)
+        if free is None:
+            fitting.append(free := self._make(packed))
+        number, place = free
         place.copy_(packed)
         self.blocks[number][0] = 1
         self._tell(_RECORD.pack(tag, number) + bytes(order))
@@ -66,45 +75,45 @@ class Neighbour:
         block, order = self.came[tag].popleft()
         lease = memoryview(block)
         self.leases[id(block)] = ref(lease, lambda _: block.__setitem__(0, 0))
+        if order == sorted(order):
+            return _tensor(lease, dtype, shape)
         packed = _tensor(lease, dtype, [shape[d] for d in order])
         return packed.permute(sorted(range(len(order)), key=order.__getitem__))
 
-    def _free(self, dtype: torch.dtype, shape: torch.Size) -> tuple[int, Tensor]:
-        """A block of this side's that is not in use, and the tensor that lies in it."""
-        alike = self.alike[dtype, shape]
-        for number, place in alike:
-            if not self.blocks[number][0]:
-                return number, place
-        size = _START + shape.numel() * dtype.itemsize
+    def _make(self, like: Tensor) -> tuple[int, Tensor]:
+        """A new block of this side's, and the tensor that lies in it."""
+        size = _START + like.numel() * like.itemsize
         memory = os.memfd_create("p2bw")
         os.ftruncate(memory, size)
         block = mmap.mmap(memory, size)
-        alike.append((len(self.blocks), _tensor(memoryview(block), dtype, shape)))
         self.blocks.append(block)
         self._tell(_RECORD.pack(_BLOCK, size), [memory])
         os.close(memory)
-        return alike[-1]
+        return len(self.blocks) - 1, _tensor(memoryview(block), like.dtype, like.shape)
 
     def _tell(self, record: bytes, files: Sequence[int] = ()) -> None:
         """Never wait for the other side alone: it may be telling something, too."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", files))] if files else []
         while True:
-            with suppress(BlockingIOError):
-                self.connection.sendmsg([record], rights, socket.MSG_DONTWAIT)
+            try:
+                self.connection.sendmsg((record,), rights, socket.MSG_DONTWAIT)
                 return
+            except BlockingIOError:
+                pass
             waiting = poll()
             waiting.register(self.connection, POLLIN | POLLOUT)
             if waiting.poll()[0][1] & POLLIN:
                 self._listen()
 
     def _listen(self) -> None:
-        record, files, _, _ = socket.recv_fds(self.connection, 256, 1)
+        record, rights, _, _ = self.connection.recvmsg(256, _RIGHTS)
         if not record:
             raise ConnectionError("its connection is closed")
         tag, number = _RECORD.unpack_from(record)
         if tag == _BLOCK:
-            self.others.append(mmap.mmap(files[0], number))
-            os.close(files[0])
+            (memory,) = array("i", rights[0][2])
+            self.others.append(mmap.mmap(memory, number))
+            os.close(memory)
         else:
             self.came[tag].append((self.others[number], [*record[_RECORD.size :]]))
 

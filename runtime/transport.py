@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ class Transport(Protocol):
     """What a worker needs of the world outside: the channels of its stage and its replicas."""
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
-        """Start to send; the caller may drop the tensor but not write to it."""
+        """Start to send a tensor without a gradient; it may be dropped but not written to."""
 
     def receive(self, channel: Channel) -> Arrival:
         """Post the receive of the channel's next message."""
@@ -75,28 +74,34 @@ class DistributedTransport:
         self.headers: dict[Channel, tuple[Tensor, dist.Work]] = {}  # that will tell the order
         self.sending: dict[Channel, list[tuple[dist.Work, Tensor]]] = {}
         self.near = {} if self.direct else self._find_neighbours()
+        self.arrivals: dict[Channel, Arrival] = {}  # of messages from a neighbour
+        for channel, spec in specs.items():
+            if (peer := peers[channel.source]) in self.near:
+                self.arrivals[channel] = partial(self._from_neighbour, channel, spec, peer)
         self.groups = self._connect() if self.direct else {}
         made = [dist.new_group(list(ranks)) for ranks in replicas] if len(replicas[0]) > 1 else []
         self.replicas = made[stage] if made else None
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
-        order = self.orders.get(channel)
-        if neighbour := self.near.get(self.peers[channel.target]):
+        peer, order = self.peers[channel.target], self.orders.get(channel)
+        if neighbour := self.near.get(peer):
             order = self.orders[channel] = order or _order(tensor)
-            with _blaming(channel, channel.target, self.peers[channel.target]):
-                neighbour.send(self.tags[channel], tensor.detach(), order)
+            try:
+                neighbour.send(self.tags[channel], tensor, order)
+            except (RuntimeError, OSError) as error:
+                raise _blamed(error, channel, channel.target, peer) from None
             return
         self._wait_for_sends(channel)
         if order is None:
             order = self.orders[channel] = _order(tensor)
             if len(order) > 1:
                 self._send(channel, torch.tensor(order, device=self.device), header=1)
-        self._send(channel, tensor.detach().permute(order).contiguous(), header=0)
+        self._send(channel, tensor.permute(order).contiguous(), header=0)
 
     def receive(self, channel: Channel) -> Arrival:
-        spec, peer = self.specs[channel], self.peers[channel.source]
-        if peer in self.near:
-            return partial(self._from_neighbour, channel, spec, peer)
+        if arrival := self.arrivals.get(channel):
+            return arrival
+        spec = self.specs[channel]
         if channel not in self.headers and len(spec.shape) > 1:
             header = self._buffer(8 * len(spec.shape))
             work = self._start(dist.irecv, header, channel, channel.source, header=1)
@@ -108,9 +113,11 @@ class DistributedTransport:
         return partial(self._unpack, channel, data, work)
 
     def _from_neighbour(self, channel: Channel, spec: TensorSpec, peer: int) -> Tensor:
-        with _blaming(channel, channel.source, peer):
+        try:
             tensor = self.near[peer].receive(self.tags[channel], spec.dtype, spec.shape)
-        return tensor.to(self.device)
+        except (RuntimeError, OSError) as error:
+            raise _blamed(error, channel, channel.source, peer) from None
+        return tensor if tensor.device == self.device else tensor.to(self.device)
 
     def _unpack(self, channel: Channel, data: Tensor, work: dist.Work | None) -> Tensor:
         """Give a message the type, shape and strides that it had at its sender."""
@@ -139,8 +146,10 @@ class DistributedTransport:
             self._wait_for_sends(channel)
 
     def wait(self, channel: Channel, stage: int, work: dist.Work) -> None:
-        with _blaming(channel, stage, self.peers[stage]):
+        try:
             work.wait()
+        except (RuntimeError, OSError) as error:
+            raise _blamed(error, channel, stage, self.peers[stage]) from None
 
     def _buffer(self, size: int) -> Tensor:
         device = self.device if self.direct else "cpu"
@@ -158,8 +167,10 @@ class DistributedTransport:
     ) -> dist.Work:
         """Begin to move data from or to a stage."""
         group, tag = self.groups.get(_lane(channel)), self.tags[channel] + header
-        with _blaming(channel, stage, self.peers[stage]):
+        try:
             work: dist.Work = move(data, self.peers[stage], group=group, tag=tag)
+        except (RuntimeError, OSError) as error:
+            raise _blamed(error, channel, stage, self.peers[stage]) from None
         return work
 
     def _wait_for_sends(self, channel: Channel) -> None:
@@ -229,14 +240,10 @@ class _AllReduce:
         self.pending.clear()
 
 
-@contextmanager
-def _blaming(channel: Channel, stage: int, peer: int) -> Iterator[None]:
-    """Turns the transport's own errors into one that names the message and the peer."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        fact = f"rank {peer} (stage {stage}) is gone (killed, or its machine failed)"
-        raise PeerError(f"{channel}: {fact}: {_reason(error)}") from None
+def _blamed(error: Exception, channel: Channel, stage: int, peer: int) -> PeerError:
+    """The transport's own error as one that names the message and the peer."""
+    fact = f"rank {peer} (stage {stage}) is gone (killed, or its machine failed)"
+    return PeerError(f"{channel}: {fact}: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:

@@ -46,6 +46,7 @@ class Weights:
         ]
         for _ in range(1, copies):
             self.sets.append({n: nn.Parameter(p.detach().clone()) for n, p in first.items()})
+        self.bare = [list(leaves.values()) for leaves in self.sets]  # that have no gradient yet
         self.plugged = 0
         for version in reversed(range(copies)):
             self.use(version)
@@ -90,10 +91,19 @@ class Weights:
                 if f"buffers/{name}" in state.tensors:
                     buffer.copy_(state.tensors[f"buffers/{name}"])
 
+    def adopted(self, version: int) -> list[Tensor]:
+        """The gradients that a version's leaves have had since this was asked, the first ones."""
+        index = version % len(self.sets)
+        if not (bare := self.bare[index]):
+            return []
+        self.bare[index] = [leaf for leaf in bare if leaf.grad is None]
+        return [leaf.grad for leaf in bare if leaf.grad is not None]
+
     def take_gradients(self, versions: Iterable[int]) -> dict[str, Tensor]:
         """The gradients summed on some versions' leaves, which then have none: a batch is over."""
         taken: dict[str, Tensor] = {}
         for version in versions:
+            self.bare[version % len(self.sets)] = list(self.leaves(version).values())
             for name, leaf in self.leaves(version).items():
                 if leaf.grad is not None:
                     taken[name] = taken[name] + leaf.grad if name in taken else leaf.grad

@@ -1,10 +1,11 @@
 """The worker: performs the actions of one rank's schedule."""
 
 import math
+import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ class Worker:
         self.pipeline = pipe = prepared.pipeline
         self.transport = transport
         self.events = events
-        self.alone = alone or nullcontext()
+        self.alone = alone or threading.Lock()
         self.device = device
         self.step = start.step if start else 0  # how many updates were made, ever
         self.at: Action | None = None  # what it performs, or waits in, now
@@ -170,19 +171,18 @@ class Worker:
 
     def _send(self, action: Action) -> None:
         assert action.channel is not None
-        with self._recorded(action):
-            self.transport.send(action.channel, self.leaving.pop(action.channel))
+        self.waits, start_s = action, time.perf_counter()
+        self.transport.send(action.channel, self.leaving.pop(action.channel))
+        self._waited(action, start_s)
 
     def _take(self, channel: Channel) -> Tensor:
         action, arrival = self.arriving[channel].popleft()
-        with self._recorded(action):
-            return arrival()
+        self.waits, start_s = action, time.perf_counter()
+        tensor = arrival()
+        self._waited(action, start_s)
+        return tensor
 
-    @contextmanager
-    def _recorded(self, action: Action) -> Iterator[None]:
-        start_s = time.perf_counter()
-        self.waits = action
-        yield
+    def _waited(self, action: Action, start_s: float) -> None:
         self.waits = None
         if self.record is not None:
             self.record(action, start_s, time.perf_counter())
@@ -193,12 +193,13 @@ class Worker:
         return self.items + (microbatch - first) * self.width + self.replica
 
     def _forward(self, action: Action) -> None:
-        received = {c.tensor: self._take(c) for c in self.inbound[Flow.ACTIVATION]}
+        named = {c.tensor: self._take(c) for c in self.inbound[Flow.ACTIVATION]}
         item = self._item(action.index)
-        with self.alone, self.clock.computing(action):
-            named = dict(zip(self.stage.inputs, self.feed.microbatch(item), strict=True)) | received
-            arguments = [named[name] for name in self.stage.arguments]
-            results = self.compute.forward(item, action.version, arguments)
+        with self.alone:
+            start = self.clock.begin()
+            named.update(zip(self.stage.inputs, self.feed.microbatch(item), strict=True))
+            results = self.compute.forward(item, action.version, named)
+            self.clock.end(action, start)
         for channel in self.outbound[Flow.ACTIVATION]:
             self.leaving[channel] = results[channel.tensor]
         if self.stage.loss is not None:
@@ -214,18 +215,20 @@ class Worker:
             gradient = self._take(channel)
             known = gradients.get(channel.tensor)
             gradients[channel.tensor] = gradient if known is None else known + gradient
-        with self.alone, self.clock.computing(action):
+        with self.alone:
+            start = self.clock.begin()
             found = self.compute.backward(self._item(action.index), action.version, gradients)
+            self.clock.end(action, start)
         for channel in self.outbound[Flow.GRADIENT]:
             self.leaving[channel] = found[channel.tensor]
 
     def _keep_loss(self, loss: Tensor, microbatch: int) -> None:
         """Sum up a batch's losses in double precision, and check them before its last backward."""
-        self.losses.append(loss.double())
+        self.losses.append(loss)
         batch, index = divmod(microbatch, self.pipeline.microbatches)
         if index < self.pipeline.microbatches - 1:
             return
-        losses, self.losses = torch.stack(self.losses), []
+        losses, self.losses = torch.stack(self.losses).double(), []
         loss = losses.sum() / (self.pipeline.microbatches * self.width)
         if not math.isfinite(loss.item()):
             bad = next((i for i, one in enumerate(losses.tolist()) if not math.isfinite(one)), 0)
@@ -261,8 +264,9 @@ class Worker:
     def _gather(self, action: Action) -> None:
         """The gradients are those of all replicas now; set apart what other stages share in."""
         if self.pipeline.replicated:
-            with self._recorded(action):
-                self.reductions.pop(action.index)()
+            self.waits, start_s = action, time.perf_counter()
+            self.reductions.pop(action.index)()
+            self._waited(action, start_s)
             used = self.present.pop(action.index).tolist()
             for name in (n for n, c in zip(self.weights.fickle, used, strict=True) if not c):
                 del self.gradients[action.index][name]
@@ -290,12 +294,14 @@ class Worker:
         """
         self._sum(self.pipeline.sums(self.stage.index))
         known = [self._take(c) for c in self.inbound[Flow.NORMS]]
-        with self.alone, self.clock.computing(action):
+        with self.alone:
+            start = self.clock.begin()
             norms = known[0] if known else self.no_norms.clone()
             gradients = self.gradients[action.index] | self.sums
             if gradients:
                 own = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
                 norms[[self.places[name] for name in gradients]] = torch.stack(own)
+            self.clock.end(action, start)
         for channel in self.outbound[Flow.NORMS]:
             self.leaving[channel] = norms
         if self.stage.index == 0:
@@ -319,8 +325,10 @@ class Worker:
         for channel in self.inbound[Flow.NORM]:
             self.norm = self._take(channel)
         rate = self.own.learning_rate or self.shared.learning_rate
-        with self.alone, self.clock.computing(action):
+        with self.alone:
+            start = self.clock.begin()
             self.own.update(action.index, self.gradients.pop(action.index), self._scale())
+            self.clock.end(action, start)
         if action.index in self.batch_losses and self.rank == 0:
             loss = self.batch_losses[action.index].item()
             norm = None if self.norm is None else self.norm.item()
@@ -331,8 +339,10 @@ class Worker:
 
     def _merge(self, action: Action) -> None:
         self._sum([*self.shares])
-        with self.alone, self.clock.computing(action):
+        with self.alone:
+            start = self.clock.begin()
             self.shared.update(action.index, self.sums, self._scale())
+            self.clock.end(action, start)
         self.sums = {}
         self._made(action.version)
 

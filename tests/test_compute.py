@@ -40,7 +40,7 @@ def test_a_gradient_that_is_sent_shares_no_memory_with_one_that_is_added_to() ->
     for batch in range(2):
         sent = []
         for number in range(3):
-            compute.forward(number, batch, [torch.randn(4, 8)])
+            compute.forward(number, batch, {"x": torch.randn(4, 8)})
             gradient = torch.full((4, 8), number + 1.0)
             sent.append(compute.backward(number, batch, {"y": gradient})["x"])
         assert [gradient.unique().tolist() for gradient in sent] == [[1], [2], [3]]
