@@ -1,6 +1,5 @@
 """A rank's microbatches: a function of the seed alone."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ class Feed:
         self.next_item = 0
         self.state = torch.Generator().manual_seed(seed % 2**63).get_state()
 
-    def microbatch(self, wanted: int) -> Sequence[Tensor]:
+    def microbatch(self, wanted: int) -> dict[str, Tensor]:
         """The stage's inputs in item `wanted` of the data; the numbers must not go back."""
         if not self.names:
-            return ()
+            return {}
         assert wanted >= self.next_item
         item: tuple[Any, Any] = (None, None)
         torch.default_generator.set_state(self.state)
@@ -46,7 +45,7 @@ class Feed:
         self.state = torch.default_generator.get_state()
         tensors = self._checked(flatten_microbatch(*item))
         here = self.device
-        return [t if t.device == here else t.to(here) for t in map(tensors.__getitem__, self.names)]
+        return {n: t if (t := tensors[n]).device == here else t.to(here) for n in self.names}
 
     def _checked(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         specs = self.plan.inputs

@@ -193,11 +193,13 @@ class Worker:
         return self.items + (microbatch - first) * self.width + self.replica
 
     def _forward(self, action: Action) -> None:
-        named = {c.tensor: self._take(c) for c in self.inbound[Flow.ACTIVATION]}
         item = self._item(action.index)
+        with self.alone:  # first, as there may be time until all has arrived
+            named = self.feed.microbatch(item)
+        for channel in self.inbound[Flow.ACTIVATION]:
+            named[channel.tensor] = self._take(channel)
         with self.alone:
             start = self.clock.begin()
-            named.update(zip(self.stage.inputs, self.feed.microbatch(item), strict=True))
             results = self.compute.forward(item, action.version, named)
             self.clock.end(action, start)
         for channel in self.outbound[Flow.ACTIVATION]:
@@ -223,20 +225,20 @@ class Worker:
             self.leaving[channel] = found[channel.tensor]
 
     def _keep_loss(self, loss: Tensor, microbatch: int) -> None:
-        """Sum up a batch's losses in double precision, and check them before its last backward."""
+        """Sum up a batch's losses, exactly, and check them before its last backward."""
         self.losses.append(loss)
         batch, index = divmod(microbatch, self.pipeline.microbatches)
         if index < self.pipeline.microbatches - 1:
             return
-        losses, self.losses = torch.stack(self.losses).double(), []
-        loss = losses.sum() / (self.pipeline.microbatches * self.width)
-        if not math.isfinite(loss.item()):
-            bad = next((i for i, one in enumerate(losses.tolist()) if not math.isfinite(one)), 0)
+        losses, self.losses = torch.stack(self.losses).tolist(), []
+        if bad := [i for i, one in enumerate(losses) if not math.isfinite(one)]:
             raise LossError(
-                f"the loss is {losses[bad].item()} at step {batch + 1}, microbatch {bad} "
+                f"the loss is {losses[bad[0]]} at step {batch + 1}, microbatch {bad[0]} "
                 f"of replica {self.replica} (stage {self.stage.index}); that step changed no "
                 f"weights; a lower learning rate is the usual cure"
             )
+        mean = math.fsum(losses) / (self.pipeline.microbatches * self.width)
+        loss = torch.tensor(mean, dtype=torch.float64, device=self.device)
         for channel in self.outbound[Flow.LOSS]:
             self.leaving[channel] = loss
         if not self.outbound[Flow.LOSS]:  # it is reported here
@@ -299,14 +301,15 @@ class Worker:
             norms = known[0] if known else self.no_norms.clone()
             gradients = self.gradients[action.index] | self.sums
             if gradients:
-                own = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
+                own = torch._foreach_norm([*gradients.values()], dtype=torch.float32)
                 norms[[self.places[name] for name in gradients]] = torch.stack(own)
             self.clock.end(action, start)
         for channel in self.outbound[Flow.NORMS]:
             self.leaving[channel] = norms
         if self.stage.index == 0:
-            self.norm = torch.linalg.vector_norm(norms[norms != -1])
-            if not self.norm.isfinite():
+            present = [norm for norm in norms.tolist() if norm != -1]
+            self.norm = torch.linalg.vector_norm(torch.tensor(present, device=self.device))
+            if not math.isfinite(self.norm.item()):
                 names = [n for n, place in self.places.items() if not norms[place].isfinite()]
                 raise LossError(
                     f"the gradient of {names[0]} is not finite at step {action.index + 1}; that "

@@ -6,6 +6,7 @@ Synchronous training is the same with g(W(t); batch t). Nothing of the runtime i
 `forward_seed`, the definition of the random numbers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -96,8 +97,8 @@ class Reference:
                     enter = self.generators(batch * count + index)
                     part = self.step(self.model, items[index], enter)
                 part.backward(torch.full_like(part, 1 / count))
-                losses.append(part.detach().double())
-            loss += (torch.stack(losses).sum() / count).item()
+                losses.append(part.item())
+            loss += math.fsum(losses) / count
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
                     known = sums.get(name)

@@ -611,7 +611,7 @@ def test_data_that_draws_random_numbers_is_alike_on_all_stages(tmp_path: Path) -
         torch.manual_seed(stage)
         plan = read_plan(artifact)
         feed = Feed(plan, find_model_file(artifact), stage, 0, torch.device("cpu"))
-        seen[name] = [feed.microbatch(i)[0] for i in range(4)]
+        seen[name] = [tensor for i in range(4) for tensor in feed.microbatch(i).values()]
     for tokens, labels in zip(seen["tokens"], seen["labels"], strict=True):
         assert torch.equal(tokens.sum(1) % 11, labels)
     train_in_threads(job)
