@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import paper
+import paper_page
 import pytest
 from corpus import ROOT
 
@@ -59,6 +60,34 @@ def test_the_planner_decides_as_the_paper_s(model: paper.Model, depth: int) -> N
     assert paper.decide(model, 64, 2048).depth == depth
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_recomputation_pays_for_2_2b_and_is_even_for_1_3b(launched: bool) -> None:
+    """With one bar of figure 12 for the time to launch a layer; without it, it never pays."""
+    launch = paper.launch_s() if launched else 0.0
+
+    def gains(model: paper.Model, without: int) -> float:
+        with_it = paper.with_microbatch(model, 16, True, launch)
+        return with_it / paper.with_microbatch(model, without, False, launch)
+
+    even, gain = gains(paper.GPT_1_3B, 4), gains(paper.GPT_2_2B, 1)
+    if launched:
+        assert even == pytest.approx(66 / 67, rel=0.1)
+        assert gain == pytest.approx(43 / 29, rel=0.2)
+        assert gains(paper.GPT_2_2B, 2) > 1
+    else:
+        assert even < 0.9
+        assert gain < 0.9
+
+
+@pytest.mark.parametrize(("model", "again", "read"), paper.FIGURE_12)
+def test_figure_12_is_within_20_percent_with_one_of_its_bars(
+    model: paper.Model, again: bool, read: dict[int, int]
+) -> None:
+    for size, seen in read.items():
+        found = paper.with_microbatch(model, size, again, paper.launch_s())
+        assert found == pytest.approx(seen, rel=0.2)
+
+
 @pytest.mark.slow
 def test_the_page_is_what_is_predicted_now(the_same: Callable[[Path, str], None]) -> None:
-    the_same(ROOT / "docs" / "paper.md", paper.page())
+    the_same(ROOT / "docs" / "paper.md", paper_page.page())
