@@ -42,9 +42,7 @@ class Neighbour:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.blocks: list[mmap.mmap] = []  # that this side writes
-        self.alike: dict[tuple[torch.dtype, torch.Size], list[tuple[int, Tensor]]]
-        self.alike = defaultdict(list)  # type and shape -> their numbers, and tensors in them
-        self.fitting: dict[int, list[tuple[int, Tensor]]] = {}  # tag -> those for its messages
+        self.own: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)  # a tag's, by number
         self.others: list[mmap.mmap] = []  # that the other side writes
         self.leases: dict[int, ReferenceType[memoryview]] = {}  # of the other side's blocks
         self.came: dict[int, deque[tuple[mmap.mmap, list[int]]]] = defaultdict(deque)
@@ -55,12 +53,8 @@ class Neighbour:
         A tag's tensors are all of one type and shape, and ordered alike.
         """
         packed = tensor if order == sorted(order) else tensor.permute(order)
-        if (fitting := self.fitting.get(tag)) is None:
-            fitting = self.fitting[tag] = self.alike[packed.dtype, packed.shape]
-        free = next((entry for entry in fitting if not self.blocks[entry[0]][0]), None)
-        if free is None:
-            fitting.append(free := self._make(packed))
-        number, place = free
+        free = (entry for entry in self.own[tag] if not self.blocks[entry[0]][0])
+        number, place = next(free, None) or self._make(tag, packed)
         place.copy_(packed)
         self.blocks[number][0] = 1
         self._tell(_RECORD.pack(tag, number) + bytes(order))
@@ -80,8 +74,8 @@ class Neighbour:
         packed = _tensor(lease, dtype, [shape[d] for d in order])
         return packed.permute(sorted(range(len(order)), key=order.__getitem__))
 
-    def _make(self, like: Tensor) -> tuple[int, Tensor]:
-        """A new block of this side's, and the tensor that lies in it."""
+    def _make(self, tag: int, like: Tensor) -> tuple[int, Tensor]:
+        """A new block for a tag's messages, and the tensor that lies in it."""
         size = _START + like.numel() * like.itemsize
         memory = os.memfd_create("p2bw")
         os.ftruncate(memory, size)
@@ -89,7 +83,9 @@ class Neighbour:
         self.blocks.append(block)
         self._tell(_RECORD.pack(_BLOCK, size), [memory])
         os.close(memory)
-        return len(self.blocks) - 1, _tensor(memoryview(block), like.dtype, like.shape)
+        place = _tensor(memoryview(block), like.dtype, like.shape)
+        self.own[tag].append((len(self.blocks) - 1, place))
+        return self.own[tag][-1]
 
     def _tell(self, record: bytes, files: Sequence[int] = ()) -> None:
         """Never wait for the other side alone: it may be telling something, too."""
@@ -99,11 +95,10 @@ class Neighbour:
                 self.connection.sendmsg((record,), rights, socket.MSG_DONTWAIT)
                 return
             except BlockingIOError:
-                pass
-            waiting = poll()
-            waiting.register(self.connection, POLLIN | POLLOUT)
-            if waiting.poll()[0][1] & POLLIN:
-                self._listen()
+                waiting = poll()
+                waiting.register(self.connection, POLLIN | POLLOUT)
+                if waiting.poll()[0][1] & POLLIN:
+                    self._listen()
 
     def _listen(self) -> None:
         record, rights, _, _ = self.connection.recvmsg(256, _RIGHTS)

@@ -76,8 +76,8 @@ class DistributedTransport:
         self.near = {} if self.direct else self._find_neighbours()
         self.arrivals: dict[Channel, Arrival] = {}  # of messages from a neighbour
         for channel, spec in specs.items():
-            if (peer := peers[channel.source]) in self.near:
-                self.arrivals[channel] = partial(self._from_neighbour, channel, spec, peer)
+            if peers[channel.source] in self.near:
+                self.arrivals[channel] = partial(self._from_neighbour, channel, spec)
         self.groups = self._connect() if self.direct else {}
         made = [dist.new_group(list(ranks)) for ranks in replicas] if len(replicas[0]) > 1 else []
         self.replicas = made[stage] if made else None
@@ -86,10 +86,7 @@ class DistributedTransport:
         peer, order = self.peers[channel.target], self.orders.get(channel)
         if neighbour := self.near.get(peer):
             order = self.orders[channel] = order or _order(tensor)
-            try:
-                neighbour.send(self.tags[channel], tensor, order)
-            except (RuntimeError, OSError) as error:
-                raise _blamed(error, channel, channel.target, peer) from None
+            self._with(channel, channel.target, neighbour.send, self.tags[channel], tensor, order)
             return
         self._wait_for_sends(channel)
         if order is None:
@@ -112,17 +109,16 @@ class DistributedTransport:
         work = self._start(dist.irecv, data, channel, channel.source, header=0)
         return partial(self._unpack, channel, data, work)
 
-    def _from_neighbour(self, channel: Channel, spec: TensorSpec, peer: int) -> Tensor:
-        try:
-            tensor = self.near[peer].receive(self.tags[channel], spec.dtype, spec.shape)
-        except (RuntimeError, OSError) as error:
-            raise _blamed(error, channel, channel.source, peer) from None
+    def _from_neighbour(self, channel: Channel, spec: TensorSpec) -> Tensor:
+        receive = self.near[self.peers[channel.source]].receive
+        message = (self.tags[channel], spec.dtype, spec.shape)
+        tensor: Tensor = self._with(channel, channel.source, receive, *message)
         return tensor if tensor.device == self.device else tensor.to(self.device)
 
     def _unpack(self, channel: Channel, data: Tensor, work: dist.Work | None) -> Tensor:
         """Give a message the type, shape and strides that it had at its sender."""
         if work is not None:
-            self.wait(channel, channel.source, work)
+            self._with(channel, channel.source, work.wait)
         spec, order = self.specs[channel], self.order(channel)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         tensor = data.to(self.device).view(spec.dtype)
@@ -134,7 +130,7 @@ class DistributedTransport:
             self.orders[channel] = [*range(len(self.specs[channel].shape))]
             if channel in self.headers:
                 header, work = self.headers[channel]
-                self.wait(channel, channel.source, work)
+                self._with(channel, channel.source, work.wait)
                 self.orders[channel] = header.view(torch.int64).tolist()
         return self.orders[channel]
 
@@ -145,11 +141,15 @@ class DistributedTransport:
         for channel in list(self.sending):
             self._wait_for_sends(channel)
 
-    def wait(self, channel: Channel, stage: int, work: dist.Work) -> None:
+    def _with(self, channel: Channel, stage: int, call: Callable[..., Any], *given: Any) -> Any:
+        """Call the other end; what fails there becomes an error that names message and peer."""
         try:
-            work.wait()
+            return call(*given)
         except (RuntimeError, OSError) as error:
-            raise _blamed(error, channel, stage, self.peers[stage]) from None
+            fact = (
+                f"rank {self.peers[stage]} (stage {stage}) is gone (killed, or its machine failed)"
+            )
+            raise PeerError(f"{channel}: {fact}: {_reason(error)}") from None
 
     def _buffer(self, size: int) -> Tensor:
         device = self.device if self.direct else "cpu"
@@ -167,15 +167,12 @@ class DistributedTransport:
     ) -> dist.Work:
         """Begin to move data from or to a stage."""
         group, tag = self.groups.get(_lane(channel)), self.tags[channel] + header
-        try:
-            work: dist.Work = move(data, self.peers[stage], group=group, tag=tag)
-        except (RuntimeError, OSError) as error:
-            raise _blamed(error, channel, stage, self.peers[stage]) from None
+        work: dist.Work = self._with(channel, stage, move, data, self.peers[stage], group, tag)
         return work
 
     def _wait_for_sends(self, channel: Channel) -> None:
         for work, _ in self.sending.pop(channel, ()):  # only once: the second time gloo hangs
-            self.wait(channel, channel.target, work)
+            self._with(channel, channel.target, work.wait)
 
     def _find_neighbours(self) -> dict[int, Neighbour]:
         try:
@@ -238,12 +235,6 @@ class _AllReduce:
             for part, total in zip(parts, totals, strict=True):
                 part.copy_(total.view_as(part))
         self.pending.clear()
-
-
-def _blamed(error: Exception, channel: Channel, stage: int, peer: int) -> PeerError:
-    """The transport's own error as one that names the message and the peer."""
-    fact = f"rank {peer} (stage {stage}) is gone (killed, or its machine failed)"
-    return PeerError(f"{channel}: {fact}: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:

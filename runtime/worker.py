@@ -4,9 +4,10 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from p2bw.runtime.prepare import Prepared
 from p2bw.runtime.transport import Arrival, Reduction, Transport
 from p2bw.runtime.weights import Updater, Weights
 from p2bw.telemetry.clock import Clock
+
+T = TypeVar("T")
 
 
 class LossError(ModelError):
@@ -125,7 +128,7 @@ class Worker:
         self.inbound[Flow.GRADIENT].sort(key=lambda channel: -channel.source)
         self.arriving: dict[Channel, deque[tuple[Action, Arrival]]] = defaultdict(deque)
         self.leaving: dict[Channel, Tensor] = {}
-        self.losses: list[Tensor] = []  # of the current batch's microbatches
+        self.losses: list[float | Tensor] = []  # of the current batch's microbatches
         self.batch_losses: dict[int, Tensor] = {}  # of whole batches, where they are reported
         self.buffers: dict[int, dict[str, Tensor]] = {}  # step -> as then, for checkpoints
         # Of batches that are closed, but not updated with:
@@ -171,21 +174,28 @@ class Worker:
 
     def _send(self, action: Action) -> None:
         assert action.channel is not None
-        self.waits, start_s = action, time.perf_counter()
-        self.transport.send(action.channel, self.leaving.pop(action.channel))
-        self._waited(action, start_s)
+        self._wait(action, self.transport.send, action.channel, self.leaving.pop(action.channel))
 
     def _take(self, channel: Channel) -> Tensor:
         action, arrival = self.arriving[channel].popleft()
-        self.waits, start_s = action, time.perf_counter()
-        tensor = arrival()
-        self._waited(action, start_s)
-        return tensor
+        return self._wait(action, arrival)
 
-    def _waited(self, action: Action, start_s: float) -> None:
+    def _wait(self, action: Action, function: Callable[..., T], *given: Any) -> T:
+        """Call what may wait for another rank."""
+        self.waits, start_s = action, time.perf_counter()
+        result = function(*given)
         self.waits = None
         if self.record is not None:
             self.record(action, start_s, time.perf_counter())
+        return result
+
+    def _timed(self, action: Action, function: Callable[..., T], *given: Any) -> T:
+        """Call what computes: timed, and alone where ranks share a process."""
+        with self.alone:
+            start = self.clock.begin()
+            result = function(*given)
+            self.clock.end(action, start)
+        return result
 
     def _item(self, microbatch: int) -> int:
         """The number in the data, counted over all replicas, of the pipeline's microbatch."""
@@ -198,10 +208,7 @@ class Worker:
             named = self.feed.microbatch(item)
         for channel in self.inbound[Flow.ACTIVATION]:
             named[channel.tensor] = self._take(channel)
-        with self.alone:
-            start = self.clock.begin()
-            results = self.compute.forward(item, action.version, named)
-            self.clock.end(action, start)
+        results = self._timed(action, self.compute.forward, item, action.version, named)
         for channel in self.outbound[Flow.ACTIVATION]:
             self.leaving[channel] = results[channel.tensor]
         if self.stage.loss is not None:
@@ -217,20 +224,19 @@ class Worker:
             gradient = self._take(channel)
             known = gradients.get(channel.tensor)
             gradients[channel.tensor] = gradient if known is None else known + gradient
-        with self.alone:
-            start = self.clock.begin()
-            found = self.compute.backward(self._item(action.index), action.version, gradients)
-            self.clock.end(action, start)
+        item = self._item(action.index)
+        found = self._timed(action, self.compute.backward, item, action.version, gradients)
         for channel in self.outbound[Flow.GRADIENT]:
             self.leaving[channel] = found[channel.tensor]
 
     def _keep_loss(self, loss: Tensor, microbatch: int) -> None:
         """Sum up a batch's losses, exactly, and check them before its last backward."""
-        self.losses.append(loss)
+        # Not the loss itself: mse_loss's has the memory of all that it is the mean of.
+        self.losses.append(loss.item() if self.device.type == "cpu" else loss.clone())
         batch, index = divmod(microbatch, self.pipeline.microbatches)
         if index < self.pipeline.microbatches - 1:
             return
-        losses, self.losses = torch.stack(self.losses).tolist(), []
+        losses, self.losses = [*map(float, self.losses)], []
         if bad := [i for i, one in enumerate(losses) if not math.isfinite(one)]:
             raise LossError(
                 f"the loss is {losses[bad[0]]} at step {batch + 1}, microbatch {bad[0]} "
@@ -266,9 +272,7 @@ class Worker:
     def _gather(self, action: Action) -> None:
         """The gradients are those of all replicas now; set apart what other stages share in."""
         if self.pipeline.replicated:
-            self.waits, start_s = action, time.perf_counter()
-            self.reductions.pop(action.index)()
-            self._waited(action, start_s)
+            self._wait(action, self.reductions.pop(action.index))
             used = self.present.pop(action.index).tolist()
             for name in (n for n, c in zip(self.weights.fickle, used, strict=True) if not c):
                 del self.gradients[action.index][name]
@@ -296,14 +300,10 @@ class Worker:
         """
         self._sum(self.pipeline.sums(self.stage.index))
         known = [self._take(c) for c in self.inbound[Flow.NORMS]]
-        with self.alone:
-            start = self.clock.begin()
-            norms = known[0] if known else self.no_norms.clone()
-            gradients = self.gradients[action.index] | self.sums
-            if gradients:
-                own = torch._foreach_norm([*gradients.values()], dtype=torch.float32)
-                norms[[self.places[name] for name in gradients]] = torch.stack(own)
-            self.clock.end(action, start)
+        norms = known[0] if known else self.no_norms.clone()
+        if gradients := self.gradients[action.index] | self.sums:
+            places = [self.places[name] for name in gradients]
+            norms[places] = self._timed(action, _norms_of, gradients.values())
         for channel in self.outbound[Flow.NORMS]:
             self.leaving[channel] = norms
         if self.stage.index == 0:
@@ -328,10 +328,8 @@ class Worker:
         for channel in self.inbound[Flow.NORM]:
             self.norm = self._take(channel)
         rate = self.own.learning_rate or self.shared.learning_rate
-        with self.alone:
-            start = self.clock.begin()
-            self.own.update(action.index, self.gradients.pop(action.index), self._scale())
-            self.clock.end(action, start)
+        gradients = self.gradients.pop(action.index)
+        self._timed(action, self.own.update, action.index, gradients, self._scale())
         if action.index in self.batch_losses and self.rank == 0:
             loss = self.batch_losses[action.index].item()
             norm = None if self.norm is None else self.norm.item()
@@ -342,10 +340,7 @@ class Worker:
 
     def _merge(self, action: Action) -> None:
         self._sum([*self.shares])
-        with self.alone:
-            start = self.clock.begin()
-            self.shared.update(action.index, self.sums, self._scale())
-            self.clock.end(action, start)
+        self._timed(action, self.shared.update, action.index, self.sums, self._scale())
         self.sums = {}
         self._made(action.version)
 
@@ -360,3 +355,7 @@ class Worker:
         self.own.save(state)
         self.shared.save(state)
         return state
+
+
+def _norms_of(gradients: Iterable[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm([*gradients], dtype=torch.float32))

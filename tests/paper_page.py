@@ -154,8 +154,8 @@ nothing that the one calibration can tell: it has small products as fast as larg
 microbatch 1 the paper's are half as fast as ours, since a layer takes time to launch, however small
 it is. No data sheet tells how much; `p2bw profile` measures it on the device at hand. The last
 column has it from one bar of the figure, that of 40 (GPT 1.3B at microbatch 1, not recomputed):
-{1000 * launch_s():.2f} ms for each layer and pass. The other ten bars then are within 20 %, and both
-decisions are the paper's: the 1.3B model about even, the 2.2B model with recomputation, even over
-microbatches of 2 without, which fit here and give
+{1000 * launch_s():.2f} ms for each layer and pass. The other ten bars are then within 20 %, and
+both decisions are the paper's: the 1.3B model about even, the 2.2B model with recomputation, even
+over microbatches of 2 without, which fit here and give
 {with_microbatch(GPT_2_2B, 2, False, launch_s()):.0f} sequences per second.
 """

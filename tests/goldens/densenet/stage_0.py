@@ -6,7 +6,7 @@ parameters  12.8 k
 forward     216 us, 4.28 MFLOP
 backward    172 us, 6.14 MFLOP, busy 98.1 % of the period
 memory      1005 MiB of 16.0 GiB = weights 99.9 KiB + gradients 49.9 KiB + optimizer 49.9 KiB +
-            stash 803 KiB + buffers 22.8 KiB + transient 80.2 KiB + reserve 1004 MiB
+            stash 803 KiB + buffers 22.8 KiB + transient 79.7 KiB + reserve 1004 MiB
 
 sends       transitions_0: f32[2, 16, 4, 4], 2.00 KiB to stage 1
 sends       blocks_1_layers_0: f32[2, 8, 4, 4], 1.00 KiB to stage 1

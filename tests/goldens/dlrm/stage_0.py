@@ -6,7 +6,7 @@ parameters  3.51 k
 forward     55.0 us, 4.22 kFLOP
 backward    55.0 us, 6.78 kFLOP, busy 95.6 % of the period
 memory      1004 MiB of 16.0 GiB = weights 27.4 KiB + gradients 13.7 KiB + stash 1.71 KiB +
-            buffers 1.31 KiB + transient 32.8 KiB + reserve 1004 MiB
+            buffers 1.31 KiB + transient 32.3 KiB + reserve 1004 MiB
 
 sends       bottom_4: f32[2, 8], 64 B to stage 1
 sends       tables_0: f32[2, 8], 64 B to stage 1

@@ -6,7 +6,7 @@ parameters  120 k
 forward     156 us, 29.4 MFLOP
 backward    165 us, 58.7 MFLOP, busy 97.0 % of the period
 memory      1010 MiB of 16.0 GiB = weights 941 KiB + gradients 470 KiB + optimizer 941 KiB +
-            stash 3.15 MiB + buffers 224 KiB + transient 376 KiB + reserve 1004 MiB
+            stash 3.15 MiB + buffers 224 KiB + transient 375 KiB + reserve 1004 MiB
 
 sends       h_1_add: f32[2, 64, 64], 32.0 KiB to stage 1
 sends       h_1_mlp: f32[2, 64, 64], 32.0 KiB to stage 1

@@ -6,7 +6,7 @@ parameters  11.2 k
 forward     150 us, 590 kFLOP
 backward    90.5 us, 1.18 MFLOP, busy 99.6 % of the period
 memory      1004 MiB of 16.0 GiB = weights 87.5 KiB + gradients 43.8 KiB + optimizer 87.5 KiB +
-            stash 160 KiB + buffers 64.8 KiB + transient 80.9 KiB + reserve 1004 MiB
+            stash 160 KiB + buffers 64.8 KiB + transient 80.4 KiB + reserve 1004 MiB
 
 sends       mask: bool[2, 1, 16, 16], 512 B to stage 1
 sends       encoder_layer_0_attention: f32[2, 16, 32], 4.00 KiB to stage 1

@@ -7,7 +7,7 @@ parameters  11.1 k
 forward     196 us, 590 kFLOP
 backward    101 us, 1.18 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 87.0 KiB + gradients 43.5 KiB + optimizer 87.0 KiB +
-            stash 208 KiB + buffers 96.5 KiB + transient 131 KiB + reserve 1004 MiB
+            stash 208 KiB + buffers 96.5 KiB + transient 130 KiB + reserve 1004 MiB
 
 sends       mask: bool[2, 1, 16, 16], 512 B to stage 1
 sends       h_0_add: f32[2, 16, 32], 4.00 KiB to stage 1

@@ -7,7 +7,7 @@ parameters  14.4 k
 forward     281 us, 852 kFLOP
 backward    211 us, 1.70 MFLOP, busy 99.9 % of the period
 memory      1004 MiB of 16.0 GiB = weights 112 KiB + gradients 56.2 KiB + optimizer 112 KiB +
-            stash 276 KiB + buffers 20.5 KiB + transient 44.7 KiB + reserve 1004 MiB
+            stash 276 KiB + buffers 20.5 KiB + transient 44.2 KiB + reserve 1004 MiB
 
 sends       mask: bool[2, 1, 16, 16], 512 B to stage 1
 sends       rotary_emb_cos: f32[1, 16, 8], 512 B to stage 1

@@ -7,7 +7,7 @@ parameters  24.9 k
 forward     547 us, 3.21 MFLOP
 backward    393 us, 6.42 MFLOP, busy 99.7 % of the period
 memory      1005 MiB of 16.0 GiB = weights 194 KiB + gradients 97.2 KiB + optimizer 194 KiB +
-            stash 1.02 MiB + buffers 125 KiB + transient 107 KiB + reserve 1004 MiB
+            stash 1.02 MiB + buffers 125 KiB + transient 106 KiB + reserve 1004 MiB
 
 sends       dropout: f32[2, 8, 32], 2.00 KiB to stage 1
 sends       block_0_layer_0_layer_norm_mul: f32[2, 8, 32], 2.00 KiB to stage 1

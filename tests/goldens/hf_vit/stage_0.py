@@ -7,7 +7,7 @@ parameters  19.5 k
 forward     85.4 us, 1.30 MFLOP
 backward    90.7 us, 2.21 MFLOP, busy 94.5 % of the period
 memory      1004 MiB of 16.0 GiB = weights 152 KiB + gradients 76.0 KiB + optimizer 152 KiB +
-            stash 289 KiB + buffers 21.2 KiB + transient 95.5 KiB + reserve 1004 MiB
+            stash 289 KiB + buffers 21.2 KiB + transient 95.0 KiB + reserve 1004 MiB
 
 sends       layers_0_add: f32[2, 17, 32], 4.25 KiB to stage 1
 sends       layers_0_dropout_2: f32[2, 17, 32], 4.25 KiB to stage 1

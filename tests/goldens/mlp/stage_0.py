@@ -6,7 +6,7 @@ parameters  27.2 k
 forward     30.2 us, 109 kFLOP
 backward    30.2 us, 117 kFLOP, busy 99.1 % of the period
 memory      1004 MiB of 16.0 GiB = weights 213 KiB + gradients 106 KiB + optimizer 106 KiB +
-            stash 20.6 KiB + buffers 512 B + transient 107 KiB + reserve 1004 MiB
+            stash 20.6 KiB + buffers 512 B + transient 106 KiB + reserve 1004 MiB
 
 sends       relu_3: f32[2, 32], 256 B to stage 1
 

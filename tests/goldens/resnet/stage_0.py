@@ -6,7 +6,7 @@ parameters  5.22 k
 forward     141 us, 1.76 MFLOP
 backward    106 us, 2.32 MFLOP, busy 98.1 % of the period
 memory      1004 MiB of 16.0 GiB = weights 40.8 KiB + gradients 20.4 KiB + optimizer 20.4 KiB +
-            stash 472 KiB + buffers 41.4 KiB + transient 93.1 KiB + reserve 1004 MiB
+            stash 472 KiB + buffers 41.4 KiB + transient 92.6 KiB + reserve 1004 MiB
 
 sends       blocks_1_relu: f32[2, 16, 8, 8], 8.00 KiB to stage 1
 sends       blocks_1_downsample: f32[2, 64, 4, 4], 8.00 KiB to stage 1

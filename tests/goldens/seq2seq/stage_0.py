@@ -6,7 +6,7 @@ parameters  10.2 k
 forward     100 us, 1.52 MFLOP
 backward    61.1 us, 3.02 MFLOP, busy 99.7 % of the period
 memory      1005 MiB of 16.0 GiB = weights 80.0 KiB + gradients 40.0 KiB + optimizer 80.0 KiB +
-            stash 1.54 MiB + buffers 30.8 KiB + transient 87.6 KiB + reserve 1004 MiB
+            stash 1.54 MiB + buffers 30.8 KiB + transient 87.1 KiB + reserve 1004 MiB
 
 sends       encoder: f32[2, 50, 16], 6.25 KiB to stage 1
 sends       first: f32[2, 48, 16], 6.00 KiB to stage 1

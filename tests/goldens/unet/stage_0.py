@@ -6,7 +6,7 @@ parameters  74.1 k
 forward     131 us, 3.47 MFLOP
 backward    132 us, 6.71 MFLOP, busy 95.7 % of the period
 memory      1006 MiB of 16.0 GiB = weights 579 KiB + gradients 289 KiB + optimizer 579 KiB +
-            stash 612 KiB + buffers 62.0 KiB + transient 261 KiB + reserve 1004 MiB
+            stash 612 KiB + buffers 62.0 KiB + transient 260 KiB + reserve 1004 MiB
 
 sends       down_0: f32[2, 8, 16, 16], 16.0 KiB to stage 1
 sends       down_1: f32[2, 16, 8, 8], 8.00 KiB to stage 1
