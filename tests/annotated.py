@@ -16,9 +16,14 @@ from p2bw.modelfile.load import flatten_microbatch, load_model_file
 from p2bw.passes import pipeline, run_passes
 
 
-@cache
 def annotated(architecture):
     """An architecture's file, and its program behind all passes."""
+    return _annotated(architecture, torch.backends.mkldnn.enabled)
+
+
+@cache
+def _annotated(architecture, onednn):
+    """`onednn`: what tests switch off, and what recurrent layers save depends on."""
     if architecture.name.startswith("hf_"):
         pytest.importorskip("transformers")
     file = load_model_file(architecture.path, architecture.factory)
