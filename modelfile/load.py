@@ -158,7 +158,9 @@ class ModelFile:
             microbatches = iter(function(batch_size, seed))  # type: ignore[misc]
         with_targets = self.function("targets") is not None
         for index in count():
-            if (given := self.code.call("data()", next, microbatches, None)) is None:
+            with self.code.running("data()"):
+                given = next(microbatches, None)
+            if given is None:
                 return
             if not with_targets:
                 yield given, None

@@ -4,12 +4,10 @@ import linecache
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 
@@ -23,7 +21,6 @@ _PARTS = ("cli", "compiler", "contract", "modelfile", "passes", "runtime", "tele
 _OURS = (_ROOT,) if _ROOT.name == "p2bw" else tuple(_ROOT / part for part in _PARTS)
 _NOT_THE_USERS = tuple(f"{directory}{os.sep}" for directory in (*_OURS, _TORCH))
 _SENTENCE = 200  # characters
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +74,9 @@ class UserCode:
                 library = library or line
         return library
 
-    def call(self, what: str, function: Callable[..., T], *arguments: Any) -> T:
-        """As `running`, for what is called often: a third of the time."""
-        stdout, sys.stdout = sys.stdout, sys.stderr
-        try:
-            return function(*arguments)
-        except P2BWError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise ModelError(self.describe(error, what)) from error
-        finally:
-            sys.stdout = stdout
-
-    @contextmanager
-    def running(self, what: str) -> Iterator[None]:
+    def running(self, what: str) -> "_Running":
         """Run the user's code; whatever it raises becomes a ModelError that says where and why."""
-        try:
-            with redirect_stdout(sys.stderr):
-                yield
-        except P2BWError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise ModelError(self.describe(error, what)) from error
+        return _Running(self, what)
 
     def describe(self, error: BaseException, what: str, cure: str = "") -> str:
         """Place, what failed, why and the line itself, as one message."""
@@ -113,6 +91,23 @@ class UserCode:
         if line and line.text:
             message += f"\n    {line.text}"
         return f"{message}\n{cure}" if cure else message
+
+
+class _Running:
+    """A class, as @contextmanager takes several times as long, and data() is run so each time."""
+
+    __slots__ = ("code", "stdout", "what")
+
+    def __init__(self, code: UserCode, what: str) -> None:
+        self.code, self.what = code, what
+
+    def __enter__(self) -> None:
+        self.stdout, sys.stdout = sys.stdout, sys.stderr
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        sys.stdout = self.stdout
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, P2BWError):
+            raise ModelError(self.code.describe(error, self.what)) from error
 
 
 def _gist(error: BaseException) -> str:
