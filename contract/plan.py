@@ -102,7 +102,7 @@ class Plan:
     width: int
     microbatch: int
     microbatches_per_update: int
-    extra_in_flight: int  # microbatches that all stages but the last may take on early, under 2bw
+    extra_in_flight: int  # microbatches that all stages but the last may take on early
     clip_norm: float | None
     inputs: tuple[TensorSpec, ...]
     tied: tuple[Tied, ...]

@@ -116,10 +116,9 @@ class Pipeline:
         """
         if self.schedule == "gpipe":
             return self.microbatches - 1
-        ahead = self.depth - 1 - stage
-        if self.drains:
-            return min(ahead, self.microbatches - 1)
-        return ahead + self.extra if ahead else 0
+        behind = self.depth - 1 - stage
+        ahead = behind + self.extra if behind else 0
+        return min(ahead, self.microbatches - 1) if self.drains else ahead
 
     def inbound(self, stage: int) -> dict[Flow, list[Channel]]:
         """The channels to a stage, by what they carry."""
@@ -206,12 +205,13 @@ def make_pipeline(
 def most_extra(schedule: str, depth: int, microbatches: int, late: bool) -> int:
     """How many microbatches can be taken on early.
 
-    A batch begins when the one before the last has ended, or at least a backward later if its
-    version waits for other ranks (`late`).
+    Under 2bw a batch begins when the one before the last has ended, or at least a backward later if
+    its version waits for other ranks (`late`); under flush, where the one before has ended. gpipe
+    has all of a batch in flight, and under stash more of them would mean older weights.
     """
-    if schedule != "2bw" or depth == 1:
+    if schedule not in ("2bw", "flush") or depth == 1:
         return 0
-    return microbatches - depth + (0 if late else 1)
+    return max(0, microbatches - depth + (schedule == "2bw" and not late))
 
 
 def channels(plan: "Plan", *, clipped: bool = False) -> tuple[Channel, ...]:

@@ -45,7 +45,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_plan_holds_what_its_schedule_needs(name: str, plans: dict[str, Compiled]) -> None:
     plan, one = plans[name].plan, plans["flush"].plan
-    in_flight = {"gpipe": [M] * DEPTH, "2bw": [4, 3, 1]}.get(name, [3, 2, 1])
+    in_flight = {"gpipe": [M] * DEPTH, "stash": [3, 2, 1]}.get(name, [4, 3, 1])
     versions = {"2bw": [2] * DEPTH, "stash": [2, 2, 1]}.get(name, [1] * DEPTH)
     assert [s.blocks for s in plan.stages] == [s.blocks for s in one.stages]
     for stage, flush, flying, alive in zip(
@@ -53,7 +53,7 @@ def test_a_plan_holds_what_its_schedule_needs(name: str, plans: dict[str, Compil
     ):
         assert stage.memory.weights == alive * flush.memory.weights
         assert stage.memory.gradients == flush.memory.gradients
-        kept = flush.memory.stash // (DEPTH - flush.index)
+        kept = flush.memory.stash // [4, 3, 1][flush.index]
         assert stage.memory.stash == flying * kept
     batches_s = []
     for k, seconds in enumerate(stage.compute_s for stage in plan.stages):
@@ -81,10 +81,11 @@ def test_the_schedule_of_a_plan_is_shown(
     ] == shown.stdout.splitlines()
 
 
+@pytest.mark.parametrize("name", ["2bw", "flush"])
 def test_a_microbatch_is_taken_on_early_where_there_is_memory_and_time(
-    tmp_path: Path, plans: dict[str, Compiled]
+    name: str, tmp_path: Path, plans: dict[str, Compiled]
 ) -> None:
-    roomy = plans["2bw"].plan
+    roomy = plans[name].plan
     assert roomy.extra_in_flight == 1
     first = roomy.stages[0].memory
     own, share = first.total - first.reserve, DEVICES["cpu"].lost_fraction
@@ -92,15 +93,23 @@ def test_a_microbatch_is_taken_on_early_where_there_is_memory_and_time(
     for memory, extra in ((just + 10, 1), (just - 10, 0)):
         out = tmp_path / str(extra)
         cuts = parse_rules(cut_after=CUTS)
-        plan = compile_example(out, microbatches=M, memory=f"{memory}B", rules=cuts).plan
+        plan = compile_example(
+            out, schedule=name, microbatches=M, memory=f"{memory}B", rules=cuts
+        ).plan
         assert plan.extra_in_flight == extra
         assert [s.blocks for s in plan.stages] == [s.blocks for s in roomy.stages]
         assert max(stage.memory.total for stage in plan.stages) <= memory
-    # Of m = d, a version is made just in time, or late if other ranks have to add their part.
-    for more, extra in (({}, 1), ({"clip_norm": 1.0}, 0)):
-        plan = compile_example(tmp_path / f"m{extra}", microbatches=DEPTH, **more).plan
+
+
+def test_a_microbatch_can_be_taken_on_early(tmp_path: Path, plans: dict[str, Compiled]) -> None:
+    # Of m = d, a version is made just in time, or late if other ranks have to add their part; a
+    # batch that drains has no more.
+    for number, (options, extra) in enumerate(
+        [({}, 1), ({"clip_norm": 1.0}, 0), ({"schedule": "flush"}, 0)]
+    ):
+        plan = compile_example(tmp_path / str(number), microbatches=DEPTH, **options).plan
         assert plan.extra_in_flight == extra
-    assert all(plans[name].plan.extra_in_flight == 0 for name in SCHEDULES if name != "2bw")
+    assert all(plans[name].plan.extra_in_flight == 0 for name in ("gpipe", "stash"))
 
 
 def test_compile_proves_the_schedule(

@@ -93,6 +93,7 @@ SHOWN = [
     ("2bw", 3, {"extra": 1}),
     ("2bw", 4, {"tied": frozenset({0, 2}), "replicated": True, "clipped": True, "extra": 1}),
     ("flush", 2, {"clipped": True}),
+    ("flush", 4, {"extra": 1}),
     ("gpipe", 3, {}),
     ("stash", 1, {}),
     ("stash", 2, {"first": 1}),
