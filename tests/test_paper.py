@@ -13,7 +13,8 @@ def test_the_calibration_is_the_one_figure_that_is_given() -> None:
     model = paper.GPT_355M
     assert model.parameters == pytest.approx(0.354e9, rel=0.01)
     flops = 3 * (model.layers * model.layer_flops + model.head_flops)
-    seconds = 3 * (model.layers * paper.layer_s(model, 1) + paper.head_s(model, 1))
+    layer = paper.layer_s(model, 1, launch=0.0)
+    seconds = 3 * (model.layers * layer + paper.head_s(model, 1))
     assert flops / seconds == pytest.approx(45e12)
 
 
@@ -60,32 +61,33 @@ def test_the_planner_decides_as_the_paper_s(model: paper.Model, depth: int) -> N
     assert paper.decide(model, 64, 2048).depth == depth
 
 
-@pytest.mark.parametrize("launched", [False, True])
-def test_recomputation_pays_for_2_2b_and_is_even_for_1_3b(launched: bool) -> None:
-    """With one bar of figure 12 for the time to launch a layer; without it, it never pays."""
-    launch = paper.launch_s() if launched else 0.0
-
-    def gains(model: paper.Model, without: int) -> float:
+def test_recomputation_pays_for_2_2b_and_is_about_even_for_1_3b() -> None:
+    def gains(model: paper.Model, without: int, launch: float = paper.LAUNCH_S) -> float:
         with_it = paper.with_microbatch(model, 16, True, launch)
         return with_it / paper.with_microbatch(model, without, False, launch)
 
-    even, gain = gains(paper.GPT_1_3B, 4), gains(paper.GPT_2_2B, 1)
-    if launched:
-        assert even == pytest.approx(66 / 67, rel=0.1)
-        assert gain == pytest.approx(43 / 29, rel=0.2)
-        assert gains(paper.GPT_2_2B, 2) > 1
-    else:
-        assert even < 0.9
-        assert gain < 0.9
+    assert gains(paper.GPT_1_3B, 4) == pytest.approx(66 / 67, rel=0.1)
+    assert gains(paper.GPT_2_2B, 1) == pytest.approx(43 / 29, rel=0.2)
+    assert gains(paper.GPT_2_2B, 2) > 1  # which fits by our count, not by the paper's
+    # As the page says: what decides is the time to launch.
+    assert gains(paper.GPT_2_2B, 2, paper.LAUNCH_S / 2) < 1
+    assert gains(paper.GPT_2_2B, 1, 0.0) < 1
 
 
 @pytest.mark.parametrize(("model", "again", "read"), paper.FIGURE_12)
-def test_figure_12_is_within_20_percent_with_one_of_its_bars(
+def test_figure_12_is_predicted_within_20_percent(
     model: paper.Model, again: bool, read: dict[int, int]
 ) -> None:
     for size, seen in read.items():
-        found = paper.with_microbatch(model, size, again, paper.launch_s())
+        found = paper.with_microbatch(model, size, again)
         assert found == pytest.approx(seen, rel=0.2)
+
+
+def test_launching_takes_what_was_measured_where_nothing_else_shows() -> None:
+    """Of 9 measurements up to 2,048 tokens all but one are within 7 % of their median."""
+    assert pytest.approx(1.02e-3, rel=0.01) == paper.LAUNCH_S
+    each = [ms / paper.ENCODER_LAYERS / 1000 for ms in paper.ENCODER_MS.values()]
+    assert sum(abs(s / paper.LAUNCH_S - 1) < 0.07 for s in each) == len(each) - 1
 
 
 @pytest.mark.slow
