@@ -18,6 +18,7 @@ from p2bw.compiler.placement.solver import Problems, solve
 from p2bw.compiler.placement.stop import Stop
 from p2bw.compiler.plan import ModelSource, Optimality, Plan
 from p2bw.compiler.program import Program
+from p2bw.compiler.simulation.simulate import simulate
 from p2bw.compiler.split import StageGraph, split
 from p2bw.compiler.units import data, several
 from p2bw.contract.errors import InfeasibleError
@@ -125,7 +126,7 @@ def _on_its_own_trace(compilation: Compilation, asked: Asked, found: Placement) 
 def _plan(compilation: Compilation, placement: Placement) -> tuple[Plan, dict[str, str]]:
     program = compilation.program(placement.microbatch)
     cut = split(program, placement.stage_of_block, placement.relayed)
-    plan = _described(compilation, program, cut, placement)
+    plan = _with_early(_described(compilation, program, cut, placement), placement)
     with compilation.phase("emit"):
         compilation.say(f"writing {several(placement.depth, 'stage')}")
         texts = emit_stages(program, cut)
@@ -142,11 +143,6 @@ def _described(
     compilation: Compilation, program: Program, cut: Sequence[StageGraph], placement: Placement
 ) -> Plan:
     """The plan, with the memory of its stages as the placement adds it up."""
-    # Memory that is left over lets every stage but the last take on a microbatch early.
-    replicated, clipped = placement.width > 1, compilation.clip_norm is not None
-    late = updates_late(compilation.schedule, replicated=replicated, clipped=clipped)
-    m = placement.microbatches_per_update
-    extra = min(1, most_extra(compilation.schedule, placement.depth, m, late))
     return Plan(
         p2bw_version=__version__,
         torch_version=torch.__version__.partition("+")[0],
@@ -157,7 +153,7 @@ def _described(
         width=placement.width,
         microbatch=placement.microbatch,
         microbatches_per_update=placement.microbatches_per_update,
-        extra_in_flight=extra,
+        extra_in_flight=0,
         clip_norm=compilation.clip_norm,
         constraints=compilation.rules.texts,
         period_s=placement.period_s,
@@ -177,6 +173,24 @@ def _described(
         opaque=opaque_modules(program, cut),
         notes=program.notes,
     )
+
+
+def _with_early(plan: Plan, placement: Placement) -> Plan:
+    """The plan with a microbatch taken on early by every stage but the last, where that is better.
+
+    It hides what messages take, but lets the sum over the replicas begin later: where that would be
+    waited for, both ways are simulated. Whether there is memory for it, `with_memory` finds.
+    """
+    late = updates_late(
+        plan.schedule, replicated=plan.width > 1, clipped=plan.clip_norm is not None
+    )
+    if most_extra(plan.schedule, plan.depth, plan.microbatches_per_update, late) < 1:
+        return plan
+    early = plan.model_copy(update={"extra_in_flight": 1})
+    waited_for = any(stage.early_s > placement.period_s for stage in placement.stages)
+    if waited_for and simulate(plan).period_s < simulate(early).period_s:
+        return plan
+    return early
 
 
 def _model_source(compilation: Compilation, program: Program) -> ModelSource:

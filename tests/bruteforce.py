@@ -218,7 +218,7 @@ class _Costs:
             self.holds[p.name][k] * p.on.get(kind, p.update_s) for p in self.problem.parameters
         )
         own = work if self.drains else work + update / self.m
-        ahead, extra = self.depth - 1 - k, min(1, self.m - self.depth)
+        ahead = self.depth - 1 - k
         if self.drains:
             # From a stage's last backward on: the sum over its replicas, and its update. Stage k
             # did its last backward k microbatches before the first stage, which begins the next.
@@ -228,7 +228,7 @@ class _Costs:
         elif self.width > 1 and ahead:
             # A batch begins while so many of the one before it are in flight: that one's sum begins
             # after them, and they after the update with the sum before.
-            between = ahead + extra
+            between = ahead
         else:
             return own
         wait = update + self._ring_s(k, ranks)

@@ -17,6 +17,7 @@ from p2bw.compiler.placement.instance import make_instance
 from p2bw.compiler.problem import PROBLEM, read_problem
 from p2bw.compiler.rules import parse_rules
 from p2bw.compiler.schedule import check_schedule
+from p2bw.compiler.simulation.simulate import simulate
 from p2bw.contract.errors import InfeasibleError, UsageError
 from p2bw.contract.plan import read_plan
 
@@ -110,6 +111,29 @@ def test_a_microbatch_can_be_taken_on_early(tmp_path: Path, plans: dict[str, Com
         plan = compile_example(tmp_path / str(number), microbatches=DEPTH, **options).plan
         assert plan.extra_in_flight == extra
     assert all(plans[name].plan.extra_in_flight == 0 for name in ("gpipe", "stash"))
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "extra", "waited_for"),
+    [("1GB/s", 1, False), ("200MB/s", 1, True), ("100MB/s", 0, True)],
+)
+def test_no_microbatch_is_early_if_the_sum_over_replicas_would_be_later_than_it_is_worth(
+    bandwidth: str, extra: int, waited_for: bool, tmp_path: Path
+) -> None:
+    cluster = tmp_path / "slow.toml"
+    cluster.write_text(
+        f'device = "cpu"\ncount = 4\n[[levels]]\nname = "node"\nsize = 4\n'
+        f'bandwidth = "{bandwidth}"\n'
+    )
+    plan = compile_example(
+        tmp_path / "out", gpus=4, depth=2, width=2, microbatches=6, cluster=str(cluster)
+    ).plan
+    assert plan.extra_in_flight == extra
+    none, one = (
+        simulate(plan.model_copy(update={"extra_in_flight": extra})).period_s for extra in (0, 1)
+    )
+    assert (one < none) == bool(extra)
+    assert (one > 1.01 * plan.period_s) == waited_for
 
 
 def test_compile_proves_the_schedule(

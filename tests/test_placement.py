@@ -208,10 +208,12 @@ def test_a_sum_longer_than_the_next_batch_holds_up_2bw():
         name="w", bytes=8, gradient_bytes=9000, optimizer_bytes=8, blocks=("b0",)
     )
     problem = chain([1.0, 1.0], gpus=4, parameters=(weights,), microbatches=4, bytes=0)
-    # One is in flight behind the first stage, and one was taken on early.
-    assert solve_fixed(problem, 2, 2).period_s == pytest.approx((9.0 + 2 * 3.0) / 4)
-    problem = problem.model_copy(update={"microbatches": 2})
-    assert solve_fixed(problem, 2, 2).period_s == pytest.approx((9.0 + 3.0) / 2)
+    for m in (2, 4):
+        problem = problem.model_copy(update={"microbatches": m})
+        placement = solve_fixed(problem, 2, 2)
+        # One is in flight behind the first stage; were one taken on early, it would be two.
+        assert placement.period_s == pytest.approx((9.0 + 3.0) / m)
+        assert placement.stages[0].early_s == pytest.approx((9.0 + 2 * 3.0) / m)
 
 
 def test_a_flush_costs_bubbles_and_keeps_one_version():

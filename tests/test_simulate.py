@@ -81,6 +81,7 @@ def test_an_update_takes_what_the_placement_says(
 ) -> None:
     """A flush waits for the first stage's sum over the replicas and for its update; 2bw for a sum
     that takes longer than a batch. Here 10**8 bytes take two replicas 100 ms, a microbatch 3 ms.
+    A microbatch is taken on early as `compile` decides, and no sum waits for it then.
     """
     m, level = depth + more, Level(name="node", size=depth * width, bandwidth=1e9)
     names = [f"b{k}" for k in range(depth)]
@@ -106,6 +107,7 @@ def test_an_update_takes_what_the_placement_says(
     )
     shape = Shape(depth, width)
     said = evaluate(make_instance(problem), shape, range(depth), (False,) * depth)
+    may_be_early = int(all(stage.early_s <= said.period_s for stage in said.stages))
     plan = made_plan(
         depth,
         width,
@@ -114,7 +116,7 @@ def test_an_update_takes_what_the_placement_says(
         update_s=update_s,
         gradients=gradients,
         levels=(level,),
-        extra=min(1, max(0, most_extra(schedule, depth, m, width > 1))),
+        extra=min(may_be_early, most_extra(schedule, depth, m, width > 1)),
     )
     assert simulate(plan).period_s == pytest.approx(said.period_s, rel=0.01)
 

@@ -52,7 +52,8 @@ class StageNumbers:
     """Compute per microbatch and peak memory of one stage; `update_s` is a step's share.
 
     On devices of several kinds: the times of the slowest, and the limit of the tightest. `busy_s`
-    is what the stage's compute makes of the period: see `with_sum`.
+    is what the stage's compute makes of the period: see `with_sum`. `early_s` is that where the
+    stage takes on a microbatch early, before which the sum over the replicas cannot begin.
     """
 
     forward_s: float
@@ -60,6 +61,7 @@ class StageNumbers:
     recompute_s: float
     update_s: float
     busy_s: float
+    early_s: float
     weights: int
     gradients: int
     optimizer: int
@@ -294,12 +296,17 @@ def _stage(
     gradients = total(instance.gradients) + sum(state.gradients for state in states)
     summing_s = ring_s(instance, shape, k) * gradients
     device = instance.device(min(kinds, key=instance.room))
+    busy_s, early_s = (
+        max(_busy_s(instance, shape, k, times, recompute, summing_s, early) for times in every)
+        for early in (0, 1)
+    )
     return StageNumbers(
         forward_s=forward_ps / PS,
         backward_s=backward_ps / PS,
         recompute_s=forward_ps / PS if recompute else 0.0,
         update_s=update_ps / PS / m,
-        busy_s=max(_busy_s(instance, shape, k, times, recompute, summing_s) for times in every),
+        busy_s=busy_s,
+        early_s=early_s,
         weights=instance.versions(in_flight, shape.depth)
         * (total(instance.weights) + sum(state.weights for state in states))
         + total(instance.frozen)
@@ -321,9 +328,10 @@ def _busy_s(
     times: tuple[int, int, int],
     recompute: bool,
     summing_s: float,
+    early: int,
 ) -> float:
     """Seconds per slot of the schedule. The dynamic program adds in the same order, so that both
-    agree to the last bit.
+    agree to the last bit. Under 2bw `early` microbatches are taken on early.
     """
     forward_s, backward_s, update_s = (ps / PS for ps in times)
     work_s = forward_s + backward_s + (forward_s if recompute else 0.0)
@@ -331,6 +339,7 @@ def _busy_s(
     own_s = work_s if instance.drains else work_s + update_s / slots
     if exposed is None:
         return own_s
+    exposed += early * (instance.problem.schedule == "2bw")
     return max(own_s, with_sum(work_s, update_s + summing_s, exposed, slots))
 
 

@@ -15,7 +15,7 @@ from p2bw.compiler.links import Network
 from p2bw.compiler.plan import Schedule
 from p2bw.compiler.problem import ParameterCost, PlacementProblem, TensorCost
 from p2bw.contract.errors import InfeasibleError
-from p2bw.contract.schedule import most_extra, updates_late
+from p2bw.contract.schedule import updates_late
 
 PS = 10**12  # picoseconds in a second
 
@@ -157,8 +157,8 @@ class Instance:
         gradients are summed up over the replicas then; None: that never makes a batch longer.
 
         In a flush these are all, and the stages before k hide as many slots as they are. Under 2bw
-        they are those in flight, with the one that is taken on early; the last stage has none, and
-        computes a batch while the one before is summed up.
+        they are those in flight; the last stage has none, and computes a batch while the one before
+        is summed up.
         """
         m, ahead = self.problem.microbatches_at(depth), depth - 1 - k
         if self.drains:
@@ -167,7 +167,7 @@ class Instance:
             return None
         if self.problem.schedule == "stash":
             return m
-        return ahead + min(1, most_extra("2bw", depth, m, late=True)) if ahead else None
+        return ahead or None
 
     def blocks_to_stages(self, stages: Iterable[int]) -> dict[str, int]:
         """Stage of every block by name, in the problem's order, from the stage of every group."""
