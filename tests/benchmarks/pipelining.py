@@ -11,6 +11,8 @@ processes. p2bw is measured in steady state, as the time between updates: a barr
 itself. The peers run as in their documentation, step after step. "all on": clipping by the
 global norm, an embedding tied over both stages, and metrics recorded.
 
+Ratios are medians over the rounds, with their standard errors.
+
 Ends with 1 if a bar is missed: 2bw at 0.97 of the ideal (0.93 with stages of 10 ms), ahead of each
 schedule of the peer, and of its 1F1B by 1.45 at m = 2 and 1.18 at m = 4; flush as good as 1F1B;
 all that is on for less than 3 %.
@@ -28,7 +30,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import torch.distributed as dist
@@ -167,14 +169,17 @@ def judge(stage_ms: int, m: int, measured: Measured) -> dict[str, Any]:
     used = {name: median(by_round) for name, by_round in rounds.items()}
     ideal_s = median(ideal for pairs in measured.values() for _, ideal in pairs)
     missed: list[str] = []
-    ratios: dict[str, float] = {}
+    ratios: dict[str, tuple[float, float | None]] = {}
 
     def expect(ahead: str, behind: str, factor: float) -> None:
         if not {ahead, behind} <= {*rounds}:
             return
         # Round by round, as the machine is faster in some than in others.
-        found = median(a / b for a, b in zip(rounds[ahead], rounds[behind], strict=True))
-        ratios[f"{ahead} / {behind}"] = found
+        each = [a / b for a, b in zip(rounds[ahead], rounds[behind], strict=True)]
+        found = median(each)
+        # That of a median is sqrt(pi / 2) times that of a mean.
+        error = math.sqrt(math.pi / 2 / len(each)) * stdev(each) if len(each) > 1 else None
+        ratios[f"{ahead} / {behind}"] = (found, error)
         if found < factor:
             missed.append(f"{ahead} is {found:.3f} of {behind}, not {factor}")
 
@@ -204,7 +209,10 @@ def lines(row: dict[str, Any], *, header: bool) -> Iterator[str]:
         yield f"{'m':>2} {'ideal ms':>8}  " + "  ".join(f"{name:>12.12}" for name in used)
     cells = [f"{u:>12.3f}" for u in used.values()]
     yield f"{row['m']:>2} {1000 * row['ideal_s']:>8.1f}  " + "  ".join(cells)
-    yield "   " + ", ".join(f"{pair} {ratio:.3f}" for pair, ratio in row["ratios"].items())
+    yield "   " + ", ".join(
+        f"{pair} {ratio:.3f}" + ("" if error is None else f" ± {error:.3f}")
+        for pair, (ratio, error) in row["ratios"].items()
+    )
     yield from (f"   missed: {text}" for text in row["missed"])
 
 
