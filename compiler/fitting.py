@@ -126,7 +126,8 @@ def _on_its_own_trace(compilation: Compilation, asked: Asked, found: Placement) 
 def _plan(compilation: Compilation, placement: Placement) -> tuple[Plan, dict[str, str]]:
     program = compilation.program(placement.microbatch)
     cut = split(program, placement.stage_of_block, placement.relayed)
-    plan = _with_early(_described(compilation, program, cut, placement), placement)
+    plan = _described(compilation, program, cut, placement)
+    plan = _with_early(compilation, plan, placement)
     with compilation.phase("emit"):
         compilation.say(f"writing {several(placement.depth, 'stage')}")
         texts = emit_stages(program, cut)
@@ -175,7 +176,7 @@ def _described(
     )
 
 
-def _with_early(plan: Plan, placement: Placement) -> Plan:
+def _with_early(compilation: Compilation, plan: Plan, placement: Placement) -> Plan:
     """The plan with a microbatch taken on early by every stage but the last, where that is better.
 
     It hides what messages take, but lets the sum over the replicas begin later: where that would be
@@ -188,9 +189,11 @@ def _with_early(plan: Plan, placement: Placement) -> Plan:
         return plan
     early = plan.model_copy(update={"extra_in_flight": 1})
     waited_for = any(stage.early_s > placement.period_s for stage in placement.stages)
-    if waited_for and simulate(plan).period_s < simulate(early).period_s:
-        return plan
-    return early
+    if not waited_for:
+        return early
+    with compilation.phase("simulate"):
+        compilation.say("simulating it with and without a microbatch taken on early")
+        return min(early, plan, key=lambda way: simulate(way).period_s)
 
 
 def _model_source(compilation: Compilation, program: Program) -> ModelSource:
